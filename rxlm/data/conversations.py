@@ -1,0 +1,97 @@
+"""What a conversation is: turns of query and answer, with what a test needs to know about each.
+
+Not here: reading them from files (``sources``), making them up (``generator``), tokens
+(``rxlm.tokenization``). A conversation is an immutable value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+INTERACTION_KINDS = ("chat", "fact", "update", "question", "unknown")
+"""What a turn does: small talk, tells facts, changes one, asks for one, asks for one never told."""
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """One turn: what the user says and what the model answers."""
+
+    query: str
+    answer: str
+    kind: str = "chat"
+    """One of :data:`INTERACTION_KINDS`."""
+    fact: str | None = None
+    """Kind of the fact that is asked, changed or told (the first one, if it tells two)."""
+    value: str | None = None
+    """Its value after this turn; ``None`` when it was never told."""
+    stale: tuple[str, ...] = ()
+    """Values that the fact had before, oldest first: answering one of these is a stale answer."""
+    distance: int | None = None
+    """On questions: turns since the fact was last told or changed; 1 is the previous turn."""
+    told: tuple[tuple[str, str], ...] = ()
+    """(fact kind, value) pairs that this turn tells or changes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form; metadata at its default is left out."""
+        row: dict[str, Any] = {"query": self.query, "answer": self.answer}
+        if self.kind != "chat":
+            row["kind"] = self.kind
+        if self.fact is not None:
+            row["fact"] = self.fact
+        if self.value is not None:
+            row["value"] = self.value
+        if self.stale:
+            row["stale"] = list(self.stale)
+        if self.distance is not None:
+            row["distance"] = self.distance
+        if self.told:
+            row["told"] = [list(pair) for pair in self.told]
+        return row
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Interaction:
+        """Return the interaction that :meth:`to_dict` wrote (trusted input; no checks)."""
+        return cls(
+            query=row["query"],
+            answer=row["answer"],
+            kind=row.get("kind", "chat"),
+            fact=row.get("fact"),
+            value=row.get("value"),
+            stale=tuple(row.get("stale", ())),
+            distance=row.get("distance"),
+            told=tuple((pair[0], pair[1]) for pair in row.get("told", ())),
+        )
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Interactions in order, with the system text that precedes them, if any."""
+
+    interactions: tuple[Interaction, ...]
+    system: str | None = None
+    id: str = ""
+    source: str = ""
+
+    def __len__(self) -> int:
+        """Return the number of turns."""
+        return len(self.interactions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form: one line of a ``.jsonl`` file."""
+        row: dict[str, Any] = {"id": self.id, "source": self.source}
+        if self.system is not None:
+            row["system"] = self.system
+        row["interactions"] = [interaction.to_dict() for interaction in self.interactions]
+        return row
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Conversation:
+        """Return the conversation that :meth:`to_dict` wrote (trusted input; no checks)."""
+        return cls(
+            interactions=tuple(Interaction.from_dict(item) for item in row["interactions"]),
+            system=row.get("system"),
+            id=row.get("id", ""),
+            source=row.get("source", ""),
+        )

@@ -1,0 +1,223 @@
+"""A dialogue being made: adds turns one by one and knows which facts hold.
+
+For ``generator`` and ``probes`` only. Randomness comes from ``rng.random()`` alone, the one method
+that Python promises to reproduce across versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rxlm.data.conversations import Interaction
+from rxlm.data.fact_values import POOLS
+from rxlm.data.facts import (
+    ACKNOWLEDGEMENTS,
+    DISTRACTORS,
+    FACT_KINDS,
+    KINDS_BY_NAME,
+    QUESTION_PREFIXES,
+    SMALL_TALK,
+    STATEMENT_PREFIXES,
+    FactKind,
+)
+
+ItemType = TypeVar("ItemType")
+
+PREFIX_SHARE = 0.25
+ECHO_SHARE = 0.5
+FIXED_CHAT_SHARE = 0.6
+
+
+def seeded(*parts: object) -> random.Random:
+    """Return a generator of random numbers that depends on ``parts`` only."""
+    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
+    return random.Random(int.from_bytes(digest[:16], "big"))
+
+
+def pick(rng: random.Random, items: Sequence[ItemType]) -> ItemType:
+    """Return one of ``items``, each with the same probability."""
+    return items[int(rng.random() * len(items))]
+
+
+def shuffled(rng: random.Random, items: Iterable[ItemType]) -> list[ItemType]:
+    """Return ``items`` in random order (Fisher-Yates)."""
+    result = list(items)
+    for last in range(len(result) - 1, 0, -1):
+        other = int(rng.random() * (last + 1))
+        result[last], result[other] = result[other], result[last]
+    return result
+
+
+def capitalised(text: str) -> str:
+    """Return ``text`` with its first letter in upper case, the others as they are."""
+    return text[0].upper() + text[1:]
+
+
+@dataclass(frozen=True)
+class ToldFact:
+    """What was said last about one kind of fact."""
+
+    value: str
+    turn: int
+    stale: tuple[str, ...] = ()
+
+
+class Dialogue:
+    """Turns so far, and the facts that hold after them.
+
+    Args:
+        rng: where all choices come from.
+        values: per kind, the values that facts may take (training pairs).
+    """
+
+    def __init__(self, rng: random.Random, values: Mapping[str, tuple[str, ...]]) -> None:
+        self.rng = rng
+        self.turns: list[Interaction] = []
+        self.told: dict[str, ToldFact] = {}
+        self._values = values
+        self._used: dict[str, set[str]] = {pool: set() for pool in POOLS}
+
+    def replay(self, interactions: Sequence[Interaction]) -> None:
+        """Take ``interactions`` as the turns so far (an extension of the present ones)."""
+        for interaction in interactions[len(self.turns) :]:
+            self._record(
+                [(kind, value) for kind, value in interaction.told if kind in KINDS_BY_NAME]
+            )
+            self.turns.append(interaction)
+
+    def untold(self) -> tuple[FactKind, ...]:
+        """Return the kinds that nothing was said about."""
+        return tuple(kind for kind in FACT_KINDS if kind.name not in self.told)
+
+    def free_values(self, kind: FactKind) -> list[str]:
+        """Return values that no fact of the same pool has or had in this dialogue.
+
+        So a wrong binding (the sister's name for the friend's) never looks right by accident.
+        """
+        used = self._used[kind.pool]
+        return [value for value in self._values[kind.name] if value not in used]
+
+    def add(self, interaction: Interaction) -> None:
+        """Append a turn."""
+        self._record(interaction.told)
+        self.turns.append(interaction)
+
+    def tell(self, kind: FactKind, value: str, statements: Sequence[str] | None = None) -> None:
+        """Add a turn that tells one fact (worded by ``statements`` if given)."""
+        rng = self.rng
+        text = pick(rng, statements or kind.statements[:-1]).replace("{}", value)
+        text = self._prefixed(text, STATEMENT_PREFIXES)
+        if rng.random() < ECHO_SHARE:
+            answer = kind.echo.replace("{}", value)
+        else:
+            answer = pick(rng, ACKNOWLEDGEMENTS)
+        self.add(Interaction(text, answer, "fact", kind.name, value, told=((kind.name, value),)))
+
+    def tell_two(self, first: FactKind, value: str, second: FactKind, other: str) -> None:
+        """Add a turn that tells two facts in one sentence."""
+        rng = self.rng
+        text = f"{first.clause.replace('{}', value)} and {second.clause.replace('{}', other)}."
+        if rng.random() < ECHO_SHARE:
+            known = first.answer.replace("{}", value).removesuffix(".")
+            also = second.answer.replace("{}", other).removesuffix(".")
+            answer = f"{known} and {also[0].lower()}{also[1:]}, noted."
+        else:
+            answer = pick(rng, ACKNOWLEDGEMENTS)
+        told = ((first.name, value), (second.name, other))
+        self.add(Interaction(capitalised(text), answer, "fact", first.name, value, told=told))
+
+    def tell_random(self, count: int) -> None:
+        """Add a turn that tells ``count`` (1 or 2) facts of kinds not told yet."""
+        kinds = shuffled(self.rng, self.untold())[:count]
+        chosen: list[tuple[FactKind, str]] = []
+        for kind in kinds:
+            taken = [value for other, value in chosen if other.pool == kind.pool]
+            free = [value for value in self.free_values(kind) if value not in taken]
+            if free:
+                chosen.append((kind, pick(self.rng, free)))
+        if len(chosen) == 2:
+            self.tell_two(*chosen[0], *chosen[1])
+        elif chosen:
+            self.tell(*chosen[0])
+        else:
+            self.chat()
+
+    def update(self, kind: FactKind, value: str) -> None:
+        """Add a turn that changes a fact told earlier to ``value``."""
+        before = self.told[kind.name]
+        text = self._prefixed(pick(self.rng, kind.updates).replace("{}", value), ())
+        if self.rng.random() < ECHO_SHARE:
+            answer = kind.answer.replace("{}", value).removesuffix(".") + " now, noted."
+        else:
+            answer = pick(self.rng, ACKNOWLEDGEMENTS)
+        stale = (*before.stale, before.value)
+        told = ((kind.name, value),)
+        self.add(Interaction(text, answer, "update", kind.name, value, stale, told=told))
+
+    def update_random(self) -> None:
+        """Add a turn that changes one of the facts (small talk if every value was used up)."""
+        kind = KINDS_BY_NAME[pick(self.rng, tuple(self.told))]
+        free = self.free_values(kind)
+        if free:
+            self.update(kind, pick(self.rng, free))
+        else:
+            self.chat()
+
+    def asked_kind(self) -> FactKind:
+        """Choose a told fact to ask for: any of them, the newest or the oldest."""
+        draw = self.rng.random()
+        if draw < 0.6:
+            name = pick(self.rng, tuple(self.told))
+        else:
+            choose = max if draw < 0.8 else min
+            name = choose(self.told, key=lambda item: self.told[item].turn)
+        return KINDS_BY_NAME[name]
+
+    def question(self, kind: FactKind, questions: Sequence[str] | None = None) -> Interaction:
+        """Return a question for a told fact, as the next turn; it is not added."""
+        fact = self.told[kind.name]
+        text = pick(self.rng, questions or kind.questions[:-1])
+        return Interaction(
+            query=self._prefixed(text, QUESTION_PREFIXES),
+            answer=kind.answer.replace("{}", fact.value),
+            kind="question",
+            fact=kind.name,
+            value=fact.value,
+            stale=fact.stale,
+            distance=len(self.turns) - fact.turn,
+        )
+
+    def unknown_question(
+        self, kind: FactKind, questions: Sequence[str] | None = None
+    ) -> Interaction:
+        """Return a question for a fact never told, as the next turn; it is not added."""
+        text = self._prefixed(pick(self.rng, questions or kind.questions[:-1]), QUESTION_PREFIXES)
+        return Interaction(text, kind.unknown, "unknown", kind.name)
+
+    def chat(self) -> None:
+        """Add a turn with nothing to remember, half of them with a word that could be a fact."""
+        rng = self.rng
+        if rng.random() < FIXED_CHAT_SHARE:
+            query, answer = pick(rng, SMALL_TALK)
+        else:
+            pool, query, answer = pick(rng, DISTRACTORS)
+            value = pick(rng, POOLS[pool])
+            query, answer = query.replace("{}", value), answer.replace("{}", value)
+        self.add(Interaction(query, answer))
+
+    def _prefixed(self, text: str, prefixes: Sequence[str]) -> str:
+        if prefixes and self.rng.random() < PREFIX_SHARE:
+            return pick(self.rng, prefixes) + text
+        return capitalised(text)
+
+    def _record(self, told: Iterable[tuple[str, str]]) -> None:
+        turn = len(self.turns)
+        for name, value in told:
+            before = self.told.get(name)
+            stale = (*before.stale, before.value) if before else ()
+            self.told[name] = ToldFact(value, turn, stale)
+            self._used[KINDS_BY_NAME[name].pool].add(value)

@@ -1,0 +1,154 @@
+"""Test dialogues with a plan: one fact, told exactly so many turns before it is asked for.
+
+For ``generator``; see :meth:`rxlm.data.generator.DialogueGenerator.probe`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from rxlm.data.conversations import Interaction
+from rxlm.data.dialogue import Dialogue, pick, shuffled
+from rxlm.data.facts import FACT_KINDS, FactKind
+from rxlm.errors import UserError
+
+PAIR_SHARE = 0.2
+"""Of the other facts before the one under test: how often two share a sentence."""
+QUESTION_SHARE = 0.3
+"""Of the turns between that tell nothing: how many ask for another fact."""
+PROBE_KINDS = ("recall", "update", "unknown")
+OLD = "old value"
+UNSEEN = ("none", "pairs", "templates")
+
+Turn = Callable[[], None]
+Values = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """What to test; refuses what cannot be built."""
+
+    kind: str
+    distance: int
+    num_facts: int
+    unseen: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in PROBE_KINDS:
+            raise UserError(f"kind={self.kind!r}: expected one of {', '.join(PROBE_KINDS)}.")
+        if self.unseen not in UNSEEN:
+            raise UserError(f"unseen={self.unseen!r}: expected one of {', '.join(UNSEEN)}.")
+        if self.kind == "unknown" and self.unseen == "pairs":
+            raise UserError("kind='unknown' has no value, so unseen='pairs' does not apply to it.")
+        if self.distance < 1:
+            raise UserError(f"distance={self.distance}: expected at least 1 (the previous turn).")
+        most = len(FACT_KINDS) - (self.kind == "unknown")
+        if not 1 <= self.num_facts <= most:
+            raise UserError(
+                f"num_facts={self.num_facts}: expected 1 to {most} for kind={self.kind!r} "
+                f"(there are {len(FACT_KINDS)} kinds of fact)."
+            )
+
+
+def build(
+    plan: ProbePlan, rng: random.Random, index: int, common: Values, held_out: Values
+) -> tuple[Interaction, ...]:
+    """Return the turns: [other facts, small talk] fact [facts, small talk, questions] question."""
+    dialogue = Dialogue(rng, common)
+    tested, others = _choose_kinds(plan, rng, index, held_out)
+    # Of an unknown fact there is nothing to tell: another one is told at the distance instead.
+    told = others.pop() if plan.kind == "unknown" else tested
+    values = _choose_values(plan, dialogue, told, others, held_out)
+    unusual = plan.unseen == "templates"
+    statements = told.statements[-1:] if unusual else None
+
+    num_between = int(rng.random() * (min(len(others), plan.distance - 1) + 1))
+    between, before = others[:num_between], others[num_between:]
+    first = _other_turns(dialogue, before, values)
+    if plan.kind == "update":
+        first.append(partial(dialogue.tell, told, values[OLD], statements))
+    first += [dialogue.chat] * pick(rng, (0, 0, 1, 2, 3))
+    for turn in shuffled(rng, first):
+        turn()
+
+    if plan.kind == "update":
+        dialogue.update(told, values[told.name])
+    else:
+        dialogue.tell(told, values[told.name], statements)
+
+    _fill_between(dialogue, plan, between, values, told)
+    questions = tested.questions[-1:] if unusual else None
+    if plan.kind == "unknown":
+        dialogue.add(dialogue.unknown_question(tested, questions))
+    else:
+        dialogue.add(dialogue.question(tested, questions))
+    return tuple(dialogue.turns)
+
+
+def _choose_kinds(
+    plan: ProbePlan, rng: random.Random, index: int, held_out: Values
+) -> tuple[FactKind, list[FactKind]]:
+    """Return the kind under test (they take turns) and the kinds of the other facts."""
+    possible = [kind for kind in FACT_KINDS if plan.unseen != "pairs" or held_out[kind.name]]
+    if not possible:
+        raise UserError("unseen='pairs' needs held_out_values > 0 in the generator's settings.")
+    tested = possible[index % len(possible)]
+    rest = shuffled(rng, (kind for kind in FACT_KINDS if kind is not tested))
+    return tested, rest[: plan.num_facts - (plan.kind != "unknown")]
+
+
+def _choose_values(
+    plan: ProbePlan, dialogue: Dialogue, told: FactKind, others: list[FactKind], held_out: Values
+) -> dict[str, str]:
+    """Return a value per kind, ``OLD`` for the one replaced; none twice within a pool."""
+    values: dict[str, str] = {}
+    keys = [(told.name, told), *((kind.name, kind) for kind in others)]
+    if plan.kind == "update":
+        keys.append((OLD, told))
+    for key, kind in keys:
+        unseen = plan.unseen == "pairs" and key == told.name
+        pool = held_out[kind.name] if unseen else dialogue.free_values(kind)
+        taken = set(values.values())
+        values[key] = pick(dialogue.rng, [value for value in pool if value not in taken])
+    return values
+
+
+def _other_turns(
+    dialogue: Dialogue, kinds: list[FactKind], values: Mapping[str, str]
+) -> list[Turn]:
+    """Return turns that tell ``kinds``, some of them two at a time."""
+    turns: list[Turn] = []
+    rest = list(kinds)
+    while rest:
+        kind = rest.pop()
+        if rest and dialogue.rng.random() < PAIR_SHARE:
+            other = rest.pop()
+            pair = (kind, values[kind.name], other, values[other.name])
+            turns.append(partial(dialogue.tell_two, *pair))
+        else:
+            turns.append(partial(dialogue.tell, kind, values[kind.name]))
+    return turns
+
+
+def _fill_between(
+    dialogue: Dialogue,
+    plan: ProbePlan,
+    kinds: list[FactKind],
+    values: Mapping[str, str],
+    told: FactKind,
+) -> None:
+    """Add the ``distance - 1`` turns before the question: ``kinds`` at random places."""
+    rng = dialogue.rng
+    slots: list[FactKind | None] = [*kinds, *[None] * (plan.distance - 1 - len(kinds))]
+    for kind in shuffled(rng, slots):
+        known = [name for name in dialogue.told if name != told.name]
+        if kind is not None:
+            dialogue.tell(kind, values[kind.name])
+        elif known and rng.random() < QUESTION_SHARE:
+            by_name = {kind.name: kind for kind in FACT_KINDS}
+            dialogue.add(dialogue.question(by_name[pick(rng, known)]))
+        else:
+            dialogue.chat()

@@ -1,0 +1,1 @@
+"""Short-term memory: slots as a value, and the network that rewrites them after each turn."""

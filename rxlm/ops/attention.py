@@ -1,0 +1,100 @@
+"""Softmax attention over true key masks, on top of PyTorch's fused kernels.
+
+A masked key has weight exactly zero and a query without any visible key returns zeros, in every
+precision, so padding never changes a result.
+
+Shapes: B batch, T queries, P keys, H query heads, G key/value heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def visible_keys(
+    key_mask: Tensor | None, num_queries: int, num_keys: int, *, causal: bool, device: torch.device
+) -> Tensor | None:
+    """Combine padding and causality into one mask of what each query may see.
+
+    The queries are the last ``num_queries`` of the ``num_keys`` positions, so the same function
+    serves the full forward (equal counts) and decoding with a cache (one query).
+
+    Args:
+        key_mask: ``[B, P]`` bool, True where the key is real; None if all are.
+        num_queries: T.
+        num_keys: P.
+        causal: whether a query sees only keys at or before its own position.
+        device: where to build the mask.
+
+    Returns:
+        bool ``[B or 1, 1, T, P]``, or None if everything is visible.
+    """
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    if causal and num_queries > 1:
+        triangle = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(
+            num_keys - num_queries
+        )
+        mask = triangle[None, None] if mask is None else mask & triangle
+    return mask
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Scaled dot-product attention with grouped heads.
+
+    Args:
+        query: ``[B, T, H, K]``.
+        key: ``[B, P, G, K]``; G divides H (grouped-query attention), or H divides G (sparse
+            "reverse" heads: queries are repeated).
+        value: ``[B, P, G, K]``.
+        mask: bool, broadcastable to ``[B, H, T, P]``, True where the key is visible.
+        dropout: probability of dropping an attention weight.
+        scale: factor on the scores; default ``K**-0.5``.
+
+    Returns:
+        ``[B, T, max(H, G), K]``. Queries that see no key get zeros.
+
+    Raises:
+        ValueError: if the head counts do not divide each other.
+    """
+    num_query_heads, num_key_heads = query.shape[2], key.shape[2]
+    if num_query_heads < num_key_heads:
+        if num_key_heads % num_query_heads:
+            raise ValueError(_head_message(num_query_heads, num_key_heads))
+        query = query.repeat_interleave(num_key_heads // num_query_heads, dim=2)
+    elif num_query_heads % num_key_heads:
+        raise ValueError(_head_message(num_query_heads, num_key_heads))
+    blind = None
+    if mask is not None:
+        # The kernels disagree about queries that see nothing (NaN, mean of values, zeros), and a
+        # NaN there poisons the backward pass. Such queries look at everything, then are zeroed.
+        blind = ~mask.any(dim=-1, keepdim=True)
+        mask = mask | blind
+    output = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=query.shape[2] != num_key_heads,
+    )
+    if blind is not None:
+        output = output.masked_fill(blind, 0.0)
+    return output.transpose(1, 2)
+
+
+def _head_message(num_query_heads: int, num_key_heads: int) -> str:
+    return (
+        f"{num_query_heads} query heads and {num_key_heads} key/value heads do not divide each "
+        "other: choose counts where one is a multiple of the other."
+    )

@@ -1,0 +1,1 @@
+"""The Reactive Transformer: configuration, components, models, conversation. No torch at import."""

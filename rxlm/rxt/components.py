@@ -1,0 +1,227 @@
+"""The encoder, the decoder and the memory attention of a Reactive Transformer.
+
+What they are *not*: generation, conversation, files. See :mod:`rxlm.rxt.models`.
+
+Shapes: B batch, T tokens, P past and present tokens, L layers, S slots, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rxlm.memory.attention import HeadSettings, MemoryAttention, MemorySettings
+from rxlm.memory.gates import GateSettings
+from rxlm.nn.attention import KeyValue
+from rxlm.ops.attention import visible_keys
+from rxlm.ops.rotary import rotary_phases, token_positions
+from rxlm.rxt.config import HeadCounts, MemoryAttentionConfig, RxTComponentConfig
+from rxlm.rxt.layers import ReactiveLayer
+
+
+class MemoryReading(NamedTuple):
+    """A memory, projected for every decoder layer once per turn.
+
+    ``layers``: one :class:`KeyValue` a layer, ``[B, S, G, K]``; ``mask``: bool ``[B, 1, 1, S]``
+    or None when every slot is visible.
+    """
+
+    layers: tuple[KeyValue, ...]
+    mask: Tensor | None = None
+
+
+class DecodeCache(NamedTuple):
+    """What decoding has seen of the current turn, as a value.
+
+    ``layers``: keys and values a layer, ``[B, P, G, K]``; ``key_mask``: bool ``[B, P]``, True at
+    real tokens; ``lengths``: int ``[B]``, real tokens so far (the next position of each row).
+    """
+
+    layers: tuple[KeyValue, ...]
+    key_mask: Tensor
+    lengths: Tensor
+
+
+class _Component(nn.Module):
+    """Embedding and layer stack that encoder and decoder share."""
+
+    def __init__(self, config: RxTComponentConfig, *, reads_memory: bool) -> None:
+        super().__init__()
+        config.require_supported()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        # Std D**-0.5 fits a tied head; the factor D**0.5 on the input restores unit scale.
+        nn.init.normal_(self.embedding.weight, std=config.embed_dim**-0.5)
+        self.layers = nn.ModuleList(
+            ReactiveLayer(config, layer, reads_memory=reads_memory)
+            for layer in range(config.num_layers)
+        )
+
+    def load_shared_embedding(self, embedding: nn.Embedding) -> None:
+        """Use ``embedding`` (the same object) in place of the own one."""
+        self.embedding = embedding
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids) * self.config.embed_dim**0.5
+
+    def _phases(self, positions: Tensor) -> Tensor | None:
+        if self.config.use_nope:
+            return None
+        return rotary_phases(positions, self.config.head_dim_resolved, self.config.rope_base)
+
+
+class RxTEncoder(_Component):
+    """Bidirectional reader of a finished turn."""
+
+    def __init__(self, config: RxTComponentConfig | dict[str, Any]) -> None:
+        super().__init__(RxTComponentConfig.parse(config), reads_memory=False)
+
+    def forward(self, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Encode turns.
+
+        Args:
+            ids: token ids ``[B, T]``.
+            key_mask: ``[B, T]`` bool, True at real tokens (either padding side); None = all.
+
+        Returns:
+            the states after every layer, ``[L, B, T, D]``; padded positions hold finite values
+            that nothing may read.
+        """
+        mask = visible_keys(key_mask, ids.shape[1], ids.shape[1], causal=False, device=ids.device)
+        phases = self._phases(token_positions(key_mask, ids.shape[1], ids.device))
+        x = self._embed(ids)
+        states = []
+        for layer in self.layers:
+            x, _ = layer(x, mask=mask, phases=phases)
+            states.append(x)
+        return torch.stack(states)
+
+
+class RxTDecoder(_Component):
+    """Causal writer of an answer that reads one turn and the memory."""
+
+    def __init__(self, config: RxTComponentConfig | dict[str, Any]) -> None:
+        config = RxTComponentConfig.parse(config)
+        super().__init__(config, reads_memory=not config.skip_memory_cross_attention)
+        self.head_norm = (
+            nn.RMSNorm(config.embed_dim, eps=config.norm_eps)
+            if config.head_norm_type == "rms_norm"
+            else nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        ) if config.use_head_norm else nn.Identity()
+        self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        if not config.tie_embeddings:
+            self.head_weight = nn.Parameter(
+                torch.randn(config.vocab_size, config.embed_dim) * config.embed_dim**-0.5
+            )
+
+    def read_memory(self, slots: Tensor, slot_mask: Tensor | None = None) -> MemoryReading:
+        """Project a memory for all layers; reuse the result for every token of the turn.
+
+        Args:
+            slots: ``[L, B, S, D]``; S is free (encoder states of earlier turns can be read the
+                same way).
+            slot_mask: bool ``[B, S]``, which slots exist; None = all.
+        """
+        if self.config.skip_memory_cross_attention:
+            return MemoryReading(())
+        readings = tuple(
+            layer.read_slots(layer_slots)
+            for layer, layer_slots in zip(self.layers, slots, strict=True)
+        )
+        return MemoryReading(readings, None if slot_mask is None else slot_mask[:, None, None, :])
+
+    def forward(
+        self,
+        ids: Tensor,
+        key_mask: Tensor | None = None,
+        *,
+        memory: MemoryReading | None = None,
+        cache: DecodeCache | None = None,
+    ) -> tuple[Tensor, DecodeCache]:
+        """Run the decoder over new tokens of a turn.
+
+        Args:
+            ids: new token ids ``[B, T]``.
+            key_mask: ``[B, T]`` bool, True at real new tokens (either padding side); None = all.
+            memory: from :meth:`read_memory`; None decodes without memory.
+            cache: what was decoded of this turn before; None at its start. Unchanged.
+
+        Returns:
+            hidden states ``[B, T, D]`` (see :meth:`logits`) and the cache with the new tokens.
+        """
+        if key_mask is None:
+            key_mask = torch.ones_like(ids, dtype=torch.bool)
+        # Positions count real tokens, so padding on either side moves nothing.
+        counts = key_mask.long().cumsum(dim=1)
+        past_mask, start = key_mask[:, :0], counts.new_zeros(ids.shape[0])
+        if cache is not None:
+            past_mask, start = cache.key_mask, cache.lengths
+        positions = (counts - 1).clamp(min=0) + start[:, None]
+        all_keys = torch.cat((past_mask, key_mask), dim=1)
+        mask = visible_keys(all_keys, ids.shape[1], all_keys.shape[1], causal=True, device=ids.device)
+        phases = self._phases(positions)
+        x = self._embed(ids)
+        key_values = []
+        for index, layer in enumerate(self.layers):
+            x, key_value = layer(
+                x,
+                mask=mask,
+                phases=phases,
+                past=None if cache is None else cache.layers[index],
+                memory=memory.layers[index] if memory is not None and memory.layers else None,
+                memory_mask=None if memory is None else memory.mask,
+            )
+            key_values.append(key_value)
+        lengths = start + counts[:, -1] if ids.shape[1] else start
+        return self.head_norm(x), DecodeCache(tuple(key_values), all_keys, lengths)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Score the vocabulary: ``[..., D]`` to ``[..., V]``."""
+        weight = self.embedding.weight if self.config.tie_embeddings else self.head_weight
+        return nn.functional.linear(hidden, weight, self.head_bias)
+
+
+def build_memory_attention(config: MemoryAttentionConfig | dict[str, Any]) -> MemoryAttention:
+    """Build the memory attention that a configuration describes."""
+    config = MemoryAttentionConfig.parse(config)
+    config.require_supported()
+
+    def heads(counts: HeadCounts, dropout: float) -> HeadSettings:
+        return HeadSettings(counts.query, counts.key_value, config.head_dim_resolved, dropout)
+
+    gate = GateSettings(
+        enabled=config.use_gated_residual,
+        gate_type=config.residual_gate_type,
+        per_slot=config.residual_per_slot_gate,
+        init=config.residual_gate_init,
+        tanh=config.use_tanh_residual_gate,
+    )
+    replaces = config.variant == "simple" and config.disable_residual
+    return MemoryAttention(
+        MemorySettings(
+            num_layers=config.num_layers,
+            num_slots=config.stm_size,
+            dim=config.embed_dim,
+            variant=config.variant,
+            write_heads=heads(config.write_heads, config.att_dropout),
+            mix_heads=heads(config.mix_heads, config.mix_dropout),
+            gate=replace(gate, residual=not replaces),
+            mix_gate=replace(gate, enabled=config.mix_is_gated),
+            norm_type=config.norm_type,
+            norm_init_gate=config.norm_init_gate,
+            norm_per_dim_scale=config.norm_per_dim_scale,
+            norm_decay=config.norm_decay,
+            num_groups=config.num_groups,
+            init_type=config.init_type,
+            init_std=config.init_std,
+            slot_identity=config.use_slot_identity,
+            copy_path_init=config.copy_path_init,
+            write_sharpness=config.write_sharpness,
+            rope_base=config.rope_base,
+            eps=config.norm_eps,
+        )
+    )
+

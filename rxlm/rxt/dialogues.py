@@ -1,0 +1,192 @@
+"""Conversations as tensors: what a batch of dialogues must encode, remember and answer.
+
+Every turn of every dialogue is one row. Rows of similar length share a bucket, so little is spent
+on padding; which bucket a row falls into never changes a result.
+
+Shapes: B dialogues, N turns of the longest, R rows of a bucket, T tokens of its longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rxlm.data.conversations import Conversation, Interaction
+from rxlm.errors import UserError
+from rxlm.tokenization import Tokenizer
+from rxlm.tokenization.template import EncodedTurn, encode_interaction, encode_system
+
+
+class Rows(NamedTuple):
+    """Right-padded rows of one bucket.
+
+    ``ids`` int64 ``[R, T]``; ``mask`` bool ``[R, T]``; ``index`` int64 ``[R]``: in the encoding
+    buckets the flat turn ``n * B + b``, in the answering buckets the flat memory ``m * B + b``
+    that the row reads (m turns have been written); ``targets`` bool ``[R, T]``: tokens to learn;
+    ``group`` int64 ``[R]``: index into :data:`GROUPS`, what kind of turn the row is.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    index: Tensor
+    targets: Tensor
+    group: Tensor
+
+
+class DialogueBatch(NamedTuple):
+    """A batch of dialogues, ragged in turns and tokens.
+
+    ``encode``: the turns to write into memory; ``answer``: the turns (and extra questions) whose
+    answers are predicted; ``num_dialogues`` B; ``num_turns`` N; ``num_tokens``: real tokens.
+    """
+
+    encode: tuple[Rows, ...]
+    answer: tuple[Rows, ...]
+    num_dialogues: int
+    num_turns: int
+    num_tokens: int
+
+
+class Row(NamedTuple):
+    """One row before batching: see :class:`Rows` for ``index`` and ``group``."""
+
+    turn: EncodedTurn
+    index: int
+    group: int
+
+
+#: Kinds of answers that are measured apart.
+GROUPS = ("chat", "recall", "unknown", "probe")
+
+_GROUP_OF_KIND = {"question": "recall", "unknown": "unknown"}
+
+
+def group_of(interaction: Interaction) -> int:
+    """Return the index into :data:`GROUPS` of a turn."""
+    return GROUPS.index(_GROUP_OF_KIND.get(interaction.kind, "chat"))
+
+
+def bucketed(rows: Sequence[Row], num_buckets: int, pad_id: int) -> tuple[Rows, ...]:
+    """Sort rows by length and pad them to the longest of their bucket.
+
+    Args:
+        rows: any number of rows, also none.
+        num_buckets: into how many buckets of equal count to cut.
+        pad_id: filler; never read.
+    """
+    if not rows:
+        return ()
+    ordered = sorted(rows, key=lambda row: len(row.turn.ids))
+    size = -(-len(ordered) // num_buckets)
+    return tuple(_pad(ordered[start : start + size], pad_id) for start in range(0, len(ordered), size))
+
+
+def _pad(rows: Sequence[Row], pad_id: int) -> Rows:
+    length = len(rows[-1].turn.ids)
+    ids = torch.tensor([row.turn.ids + [pad_id] * (length - len(row.turn.ids)) for row in rows])
+    lengths = torch.tensor([len(row.turn.ids) for row in rows])
+    starts = torch.tensor([row.turn.answer_start for row in rows])
+    positions = torch.arange(length)
+    mask = positions < lengths[:, None]
+    return Rows(
+        ids=ids,
+        mask=mask,
+        index=torch.tensor([row.index for row in rows]),
+        targets=mask & (positions >= starts[:, None]),
+        group=torch.tensor([row.group for row in rows]),
+    )
+
+
+class TurnEncoder:
+    """Turns text into token rows, once per distinct turn, and refuses turns that do not fit."""
+
+    def __init__(self, tokenizer: Tokenizer, seq_len: int, cache_size: int = 50_000) -> None:
+        self.tokenizer = tokenizer
+        self.seq_len = seq_len
+        self._cache: dict[tuple[str, str], EncodedTurn] = {}
+        self._cache_size = cache_size
+
+    def interaction(self, query: str, answer: str) -> EncodedTurn:
+        """Encode one turn.
+
+        Raises:
+            UserError: if it is longer than ``seq_len`` tokens.
+        """
+        key = (query, answer)
+        turn = self._cache.get(key)
+        if turn is None:
+            turn = encode_interaction(self.tokenizer, query, answer)
+            if len(turn.ids) > self.seq_len:
+                raise UserError(
+                    f"a turn has {len(turn.ids)} tokens but seq_len={self.seq_len}: raise the "
+                    f"models' seq_len or set data.too_long to 'drop' or 'truncate'. The turn "
+                    f"begins: {query[:80]!r}"
+                )
+            if len(self._cache) < self._cache_size:
+                self._cache[key] = turn
+        return turn
+
+    def system(self, text: str) -> EncodedTurn:
+        """Encode a system prompt, written to memory before the first turn; nothing is a target."""
+        ids = encode_system(self.tokenizer, text)
+        if len(ids) > self.seq_len:
+            raise UserError(
+                f"the system prompt has {len(ids)} tokens but seq_len={self.seq_len}: shorten it "
+                "or raise the models' seq_len."
+            )
+        return EncodedTurn(ids, len(ids))
+
+
+def dialogue_batch(
+    encode: Sequence[Row],
+    answer: Sequence[Row],
+    *,
+    num_dialogues: int,
+    num_turns: int,
+    num_buckets: int,
+    pad_id: int,
+) -> DialogueBatch:
+    """Assemble a batch from rows that were chosen elsewhere."""
+    tokens = sum(len(row.turn.ids) for row in (*encode, *answer))
+    return DialogueBatch(
+        encode=bucketed(encode, num_buckets, pad_id),
+        answer=bucketed(answer, num_buckets, pad_id),
+        num_dialogues=num_dialogues,
+        num_turns=num_turns,
+        num_tokens=tokens,
+    )
+
+
+def whole_dialogues(
+    conversations: Sequence[Conversation], encoder: TurnEncoder, *, num_buckets: int = 3
+) -> DialogueBatch:
+    """Batch whole dialogues: every turn is written, every answer is predicted.
+
+    A system prompt counts as turn 0: it is written but not answered. Dialogues may have different
+    numbers of turns; missing turns are simply absent.
+    """
+    encode: list[Row] = []
+    answer: list[Row] = []
+    count, longest = len(conversations), 0
+    for b, conversation in enumerate(conversations):
+        offset = 0
+        if conversation.system:
+            encode.append(Row(encoder.system(conversation.system), b, 0))
+            offset = 1
+        for n, interaction in enumerate(conversation.interactions, start=offset):
+            turn = encoder.interaction(interaction.query, interaction.answer)
+            row = Row(turn, n * count + b, group_of(interaction))
+            encode.append(row)
+            answer.append(row)
+        longest = max(longest, offset + len(conversation.interactions))
+    return dialogue_batch(
+        encode,
+        answer,
+        num_dialogues=count,
+        num_turns=longest,
+        num_buckets=num_buckets,
+        pad_id=encoder.tokenizer.pad_id,
+    )

@@ -1,0 +1,140 @@
+"""One layer of the decoder or the encoder (RxT, arXiv 2510.03561, 3.2).
+
+    h1 = x  + SelfAttention(norm(x))
+    h2 = h1 + MemoryCrossAttention(norm(h1), norm(slots))     # decoder only
+    y  = h2 + FeedForward(norm(h2))
+
+Shapes: B batch, T tokens, P past and present tokens, S slots, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from rxlm.nn.attention import Attention, AttentionSettings, KeyValue, initialize_copy_path
+from rxlm.nn.feed_forward import FeedForward
+from rxlm.nn.norms import make_norm
+from rxlm.rxt.config import RxTComponentConfig
+
+
+class ReactiveLayer(nn.Module):
+    """Self-attention, optional memory cross-attention, feed-forward; pre-norm residuals."""
+
+    def __init__(
+        self, config: RxTComponentConfig, layer: int, *, reads_memory: bool
+    ) -> None:
+        super().__init__()
+        self.norm_self = _norm(config)
+        self.self_attention = Attention(_self_attention_settings(config, layer))
+        self.reads_memory = reads_memory
+        if reads_memory:
+            self.norm_cross = _norm(config)
+            self.norm_slots = _norm(config)
+            self.cross_attention = Attention(_cross_attention_settings(config))
+        self.norm_feed_forward = _norm(config)
+        self.feed_forward = FeedForward(
+            config.embed_dim,
+            config.ff_dim,
+            activation=config.ff_activation,
+            gated=config.use_gated,
+            dropout=config.ff_dropout,
+        )
+        self._initialize(config)
+
+    def _initialize(self, config: RxTComponentConfig) -> None:
+        # Residual branches start small, so that the sum over 2 L of them keeps unit scale.
+        scale = (2 * config.num_layers) ** -0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for attention in self._attentions():
+            attention.output.weight.data.mul_(scale)
+            if attention.settings.gated:
+                # sigmoid(0) = 1/2 for every input: an open, unsaturated gate.
+                nn.init.zeros_(attention.gate.weight)
+        self.feed_forward.down.weight.data.mul_(scale)
+        if self.reads_memory and config.copy_path_init:
+            initialize_copy_path(self.cross_attention, scale)
+
+    def _attentions(self) -> list[Attention]:
+        both = [self.self_attention]
+        if self.reads_memory:
+            both.append(self.cross_attention)
+        return both
+
+    def read_slots(self, slots: Tensor) -> KeyValue:
+        """Project this layer's slots ``[B, S, D]`` once for all tokens of a turn."""
+        return self.cross_attention.project(self.norm_slots(slots), None)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None,
+        phases: Tensor | None,
+        past: KeyValue | None = None,
+        memory: KeyValue | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """Run the layer on ``x`` ``[B, T, D]``.
+
+        Args:
+            x: hidden states.
+            mask: what each token sees of past and present, bool ``[., 1, T, P]`` or None.
+            phases: rotary phases of the T positions, or None without rotary embedding.
+            past: keys and values of earlier tokens; unchanged.
+            memory: projected slots from :meth:`read_slots`; None skips the memory.
+            memory_mask: bool ``[B, 1, 1, S]``, which slots are visible; None = all.
+
+        Returns:
+            hidden states ``[B, T, D]`` and the keys and values of past and present tokens.
+        """
+        normed = self.norm_self(x)
+        present = self.self_attention.project(normed, phases)
+        if past is not None:
+            present = past.append(present)
+        x = x + self.self_attention(normed, present, mask, phases)
+        if self.reads_memory and memory is not None:
+            x = x + self.cross_attention(self.norm_cross(x), memory, memory_mask, phases)
+        return x + self.feed_forward(self.norm_feed_forward(x)), present
+
+
+def _norm(config: RxTComponentConfig) -> nn.Module:
+    return make_norm(config.embed_dim, rms=config.use_rms_norm, eps=config.norm_eps)
+
+
+def _self_attention_settings(config: RxTComponentConfig, layer: int) -> AttentionSettings:
+    heads = config.self_attention_heads(layer)
+    return AttentionSettings(
+        dim=config.embed_dim,
+        num_heads=heads.query,
+        num_key_value_heads=heads.key_value,
+        head_dim=config.head_dim_resolved,
+        rotary="none" if config.use_nope else "both",
+        output_bias=config.use_attention_output_bias,
+        dropout=config.att_dropout,
+        query_key_norm=config.use_qk_norm,
+        gated=config.use_gated_attention,
+        gate_activation=config.gated_attention_activation,
+        norm_eps=config.norm_eps,
+    )
+
+
+def _cross_attention_settings(config: RxTComponentConfig) -> AttentionSettings:
+    heads = config.cross_attention_heads
+    gated = config.use_gated_cross_attention
+    return AttentionSettings(
+        dim=config.embed_dim,
+        num_heads=heads.query,
+        num_key_value_heads=heads.key_value,
+        head_dim=config.head_dim_resolved,
+        rotary="none" if config.use_nope else "queries",
+        output_bias=config.use_attention_output_bias,
+        dropout=config.att_dropout,
+        query_key_norm=config.use_qk_norm,
+        gated=config.use_gated_attention if gated is None else gated,
+        gate_activation=config.gated_attention_activation,
+        norm_eps=config.norm_eps,
+    )

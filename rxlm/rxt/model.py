@@ -1,0 +1,51 @@
+"""The three networks of a Reactive Transformer, with one shared embedding. Tensors in and out.
+
+Talking (tokens, sessions, the ``interact`` protocol) is in :mod:`rxlm.rxt.models`.
+
+Shapes: B batch, T tokens, L layers, S slots, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rxlm.rxt.components import RxTDecoder, RxTEncoder, build_memory_attention
+from rxlm.rxt.config import RxTConfig
+
+
+class RxTNetwork(nn.Module):
+    """Decoder, encoder and memory attention. Holds weights only; memory is passed in and out."""
+
+    def __init__(self, config: RxTConfig | dict[str, Any]) -> None:
+        super().__init__()
+        self.config = RxTConfig.parse(config)
+        self.encoder = RxTEncoder(self.config.encoder)
+        self.decoder = RxTDecoder(self.config.decoder)
+        self.memory_attention = build_memory_attention(self.config.memory_attention)
+        self.share_components()
+
+    def share_components(self) -> None:
+        """Let the decoder use the encoder's token embedding; done at construction, idempotent.
+
+        Conversation memory is a value, so there is no memory to share and none to lose here.
+        """
+        self.decoder.load_shared_embedding(self.encoder.embedding)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.encoder.embedding.weight.device
+
+    def initial_memory(self, batch_size: int, *, seed: int = 0) -> Tensor:
+        """Return the memory ``[L, B, S, D]`` that conversations start from."""
+        dtype = self.encoder.embedding.weight.dtype
+        return self.memory_attention.initial(
+            batch_size, seed=seed, device=self.device, dtype=dtype
+        )
+
+    def write_memory(self, slots: Tensor, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Encode a finished turn ``[B, T]`` and return the memory after it, ``[L, B, S, D]``."""
+        return self.memory_attention(slots, self.encoder(ids, key_mask), key_mask)

@@ -1,0 +1,132 @@
+"""Metrics of a run: averages between log lines, ``metrics.jsonl``, and TensorBoard. No torch.
+
+``metrics.jsonl`` holds one object per line with ``kind`` (``train`` or ``validation``) and ``step``
+(updates made so far). A resumed run cuts off the lines after its checkpoint, so that the file
+equals that of a run that was never interrupted, except for the fields in ``TIMING_FIELDS``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rxlm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TIMING_FIELDS = ("seconds", "tokens_per_second")
+"""Fields of a line that depend on the machine and not on the run."""
+
+
+class MetricWindow:
+    """Weighted means of the steps since the last log line. Its content survives a checkpoint."""
+
+    def __init__(self, sums: Mapping[str, tuple[float, float]] | None = None) -> None:
+        self.sums: dict[str, tuple[float, float]] = dict(sums or {})
+        """Metric name -> (sum of value * weight, sum of weights)."""
+
+    def add(self, metrics: Mapping[str, float], weight: float) -> None:
+        """Add the metrics of one step."""
+        for name, value in metrics.items():
+            total, weights = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (total + value * weight, weights + weight)
+
+    def take_means(self) -> dict[str, float]:
+        """Return the means and begin a new window."""
+        means = {name: total / weights for name, (total, weights) in self.sums.items()}
+        self.sums = {}
+        return means
+
+
+class MetricSinks:
+    """Writes every metrics line to ``metrics.jsonl`` and, when asked to, to TensorBoard."""
+
+    def __init__(self, path: Path, tensorboard: Path | None, after_step: int) -> None:
+        """Open the sinks.
+
+        Args:
+            path: the JSONL file; lines after ``after_step`` are cut off.
+            tensorboard: folder of the event files, or ``None``.
+            after_step: number of updates that were made before; events after it are superseded.
+        """
+        truncate_metrics(path, after_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = _open_tensorboard(tensorboard, after_step) if tensorboard else None
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Write one line; numbers that JSON cannot hold (NaN, infinities) become ``null``."""
+        record = {"kind": kind, "step": step, **values}
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Force everything to disk: a checkpoint relies on the lines before it."""
+        os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Close both sinks."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a ``metrics.jsonl`` as mappings; an unfinished last line is left out.
+
+    Raises:
+        UserError: when the file does not exist or a line in the middle is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. A run writes it at its first log step.")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    # A line is finished by its newline, so what follows the last newline is unfinished.
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not a JSON object ({error}). Delete it.") from None
+    return records
+
+
+def truncate_metrics(path: Path, after_step: int) -> None:
+    """Drop the lines after ``after_step`` updates, and an unfinished last line; atomically."""
+    if not path.exists():
+        return
+    records = read_metrics(path)
+    kept = [record for record in records if record["step"] <= after_step]
+    if len(kept) < len(records):
+        logger.info(
+            "%s: dropped %d lines after step %d, which will be run again",
+            path.name,
+            len(records) - len(kept),
+            after_step,
+        )
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _open_tensorboard(directory: Path, after_step: int) -> Any:
+    """Return a ``SummaryWriter``, or ``None`` (and say so) when tensorboard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        logger.info("no TensorBoard events: `pip install tensorboard` to get them")
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory), purge_step=after_step + 1 if after_step else None)

@@ -1,0 +1,84 @@
+"""Phases of memory-aware training: how many turns, what the decoder reads, when to go on.
+
+A decision takes effect at the next step; batches that were built ahead for the old phase are built
+again by the Trainer, because the starts are part of the objective's ``batch_state``. No torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from rxlm.configuration import Config
+
+
+class Phase(Config):
+    """One phase of the curriculum."""
+
+    turns: int = 8
+    """Turns of a dialogue window (at most)."""
+    dialogues: int = 8
+    """Dialogues in a batch."""
+    reads: Literal["memory", "history"] = "memory"
+    """What answers are read from: the memory, or the raw encoder states of all earlier turns
+    (oracle warm-up: learns to encode, look up and copy before learning to write)."""
+    steps: int | None = None
+    """Steps after which the next phase begins; None = until the end of training."""
+    min_steps: int = 0
+    """Steps before accuracy may end the phase."""
+    advance_accuracy: float | None = None
+    """Share of exactly right answers (running mean over training batches) that ends the phase."""
+
+
+class Curriculum:
+    """Which phase each step is in. Its state is three JSON values."""
+
+    def __init__(self, phases: tuple[Phase, ...]) -> None:
+        self.phases = phases
+        self._starts = [0]
+        self._accuracy: float | None = None
+
+    def phase(self, step: int) -> tuple[int, Phase]:
+        """Return the index of the phase of ``step``, and the phase."""
+        index = max(i for i, start in enumerate(self._starts) if start <= step)
+        return index, self.phases[index]
+
+    def observe(self, step: int, accuracy: float | None) -> bool:
+        """Take note of a finished step; return whether the next step begins the next phase.
+
+        Args:
+            step: the step that was just taken.
+            accuracy: share of recall answers of its batch that were exactly right, if any.
+        """
+        index, phase = self.phase(step)
+        if accuracy is not None:
+            previous = accuracy if self._accuracy is None else self._accuracy
+            self._accuracy = 0.97 * previous + 0.03 * accuracy
+        if index == len(self.phases) - 1:
+            return False
+        spent = step + 1 - self._starts[index]
+        out_of_budget = phase.steps is not None and spent >= phase.steps
+        good_enough = (
+            phase.advance_accuracy is not None
+            and spent >= phase.min_steps
+            and self._accuracy is not None
+            and self._accuracy >= phase.advance_accuracy
+        )
+        if not (out_of_budget or good_enough):
+            return False
+        self._starts.append(step + 1)
+        self._accuracy = None
+        return True
+
+    @property
+    def starts(self) -> list[int]:
+        """First step of every phase entered so far: all that batches depend on."""
+        return list(self._starts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what :meth:`load_state_dict` needs."""
+        return {"starts": list(self._starts), "accuracy": self._accuracy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._starts = list(state["starts"])
+        self._accuracy = state["accuracy"]

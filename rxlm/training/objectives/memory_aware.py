@@ -1,0 +1,221 @@
+"""Stage 5, memory-aware training: answer from memory, with gradients through all writes.
+
+A step takes a window of several turns from each of several dialogues, encodes all turns, scans
+the memory, and predicts answers from the memory that stood before them. The first phases may read
+the raw encoder states of the earlier turns in place of the memory (oracle warm-up). Probe
+questions ask a random intermediate memory for what it should hold; they are never written.
+
+Shapes: L layers, B dialogues, N turns, R rows, S slots, D width.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rxlm.configuration import Config
+from rxlm.data.conversations import Conversation
+from rxlm.data.conversation_source import ConversationSource
+from rxlm.rxt.dialogues import (
+    GROUPS,
+    DialogueBatch,
+    Row,
+    TurnEncoder,
+    dialogue_batch,
+    group_of,
+)
+from rxlm.rxt.model import RxTNetwork
+from rxlm.rxt.unroll import (
+    Answers,
+    answer_with_history,
+    answer_with_memory,
+    encode_turns,
+    exact_rows,
+    scan_memory,
+)
+from rxlm.training.objective import StepOutput
+from rxlm.training.objectives.curriculum import Curriculum, Phase
+from rxlm.training.objectives.model_objective import ModelObjective
+
+
+class MemoryAwareSettings(Config):
+    """Settings of memory-aware training."""
+
+    phases: tuple[Phase, ...] = (
+        Phase(turns=4, dialogues=16, reads="history", steps=500),
+        Phase(turns=8, dialogues=8, steps=1300),
+        Phase(turns=12, dialogues=8),
+    )
+    """The curriculum; the last phase lasts to the end."""
+    backprop_turns: int | None = None
+    """Cut the gradient after this many memory writes; None = through the whole window."""
+    probes: int = 2
+    """Extra questions per dialogue, asked of a random intermediate memory (generated data)."""
+    chat_answers: float = 0.2
+    """Share of the turns without a question whose answers are predicted. The rest is only
+    written: most of the signal is in the questions. Data without questions predicts all."""
+    num_buckets: int = 3
+    """Length buckets of a batch: less padding, same result."""
+    validation_dialogues: int = 64
+    """Dialogues of a validation."""
+
+
+class MemoryAwareObjective(ModelObjective):
+    """Cross-entropy of answers read from the memory of the turns before them."""
+
+    name = "memory_aware"
+
+    def __init__(
+        self,
+        model: RxTNetwork,
+        train: ConversationSource,
+        valid: ConversationSource,
+        turns: TurnEncoder,
+        settings: MemoryAwareSettings,
+        *,
+        seed: int,
+        accumulation: int = 1,
+    ) -> None:
+        super().__init__(model, turns.tokenizer)
+        self.train_source, self.valid_source = train, valid
+        self.turns = turns
+        self.settings = settings
+        self.seed, self.accumulation = seed, accumulation
+        self.curriculum = Curriculum(settings.phases)
+
+    def batch(self, step: int, micro_step: int) -> DialogueBatch:
+        """Return the batch of a step: a pure function of seed, step and the phase."""
+        _, phase = self.curriculum.phase(step)
+        first = (step * self.accumulation + micro_step) * phase.dialogues
+        rng = random.Random(f"{self.seed}/{step}/{micro_step}")
+        conversations = [
+            self.train_source.sample(first + offset, phase.turns)
+            for offset in range(phase.dialogues)
+        ]
+        return self._batch(conversations, first, rng, self.settings.chat_answers)
+
+    def _batch(
+        self,
+        conversations: list[Conversation],
+        first: int,
+        rng: random.Random,
+        chat_answers: float,
+    ) -> DialogueBatch:
+        count = len(conversations)
+        has_questions = self.train_source.has_probes
+        encode: list[Row] = []
+        answer: list[Row] = []
+        for b, conversation in enumerate(conversations):
+            start = 0
+            if conversation.system:
+                encode.append(Row(self.turns.system(conversation.system), b, 0))
+                start = 1
+            for n, item in enumerate(conversation.interactions, start):
+                turn = self.turns.interaction(item.query, item.answer)
+                row = Row(turn, n * count + b, group_of(item))
+                encode.append(row)
+                if not has_questions or row.group or rng.random() < chat_answers:
+                    answer.append(row)
+            if has_questions and self.settings.probes:
+                probes = self.train_source.probe_questions(
+                    conversation, first + b, self.settings.probes
+                )
+                for after, item in probes:
+                    turn = self.turns.interaction(item.query, item.answer)
+                    memory = (start + after + 1) * count + b
+                    answer.append(Row(turn, memory, GROUPS.index("probe")))
+        longest = max(len(item.interactions) + bool(item.system) for item in conversations)
+        return dialogue_batch(
+            encode,
+            answer,
+            num_dialogues=count,
+            num_turns=longest,
+            num_buckets=self.settings.num_buckets,
+            pad_id=self.turns.tokenizer.pad_id,
+        )
+
+    def loss(self, batch: DialogueBatch, step: int) -> StepOutput:
+        """Return the mean cross-entropy over target tokens."""
+        _, phase = self.curriculum.phase(step)
+        answers = self._answers(batch, phase)
+        logits = torch.cat([item.logits for item in answers])
+        labels = torch.cat([item.labels for item in answers])
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+        metrics: dict[str, Tensor | float] = {"phase": float(self.curriculum.phase(step)[0])}
+        with torch.no_grad():
+            exact, group = _exact_and_group(answers)
+            asked = group != GROUPS.index("chat") if self.train_source.has_probes else group >= 0
+            metrics["accuracy"] = exact[asked].float().mean() if asked.any() else 0.0
+            metrics["perplexity"] = loss.detach().exp()
+        return StepOutput(loss, labels.numel(), metrics, batch.num_tokens)
+
+    def _answers(self, batch: DialogueBatch, phase: Phase) -> list[Answers]:
+        encoded = encode_turns(self.model.encoder, batch)
+        if phase.reads == "history":
+            return answer_with_history(self.model.decoder, batch, encoded)
+        memories = scan_memory(
+            self.model.memory_attention,
+            self.model.initial_memory(batch.num_dialogues),
+            encoded,
+            batch.num_turns,
+            self.settings.backprop_turns,
+        )
+        return answer_with_memory(self.model.decoder, batch, memories)
+
+    def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Let the curriculum see the accuracy of the step."""
+        self.curriculum.observe(step, metrics.get("accuracy"))
+
+    def validate(self) -> dict[str, float]:
+        """Measure held-out dialogues of the last phase's length, always read from memory."""
+        phase = self.settings.phases[-1].model_copy(update={"reads": "memory"})
+        total = self.settings.validation_dialogues
+        losses, tokens = 0.0, 0
+        exact: list[Tensor] = []
+        group: list[Tensor] = []
+        for first in range(0, total, phase.dialogues):
+            conversations = [
+                self.valid_source.sample(position, phase.turns)
+                for position in range(first, min(first + phase.dialogues, total))
+            ]
+            batch = self._batch(conversations, first, random.Random(f"valid/{first}"), 1.0)
+            answers = self._answers(self.to_device(batch), phase)
+            for item in answers:
+                losses += torch.nn.functional.cross_entropy(
+                    item.logits.float(), item.labels, reduction="sum"
+                ).item()
+                tokens += item.labels.numel()
+            exact_batch, group_batch = _exact_and_group(answers)
+            exact.append(exact_batch)
+            group.append(group_batch)
+        return _validation_metrics(losses / tokens, torch.cat(exact), torch.cat(group))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the curriculum's state."""
+        return {"curriculum": self.curriculum.state_dict()}
+
+    def batch_state(self) -> list[int]:
+        """Return the part of the state that batches depend on."""
+        return self.curriculum.starts
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the curriculum."""
+        self.curriculum.load_state_dict(state["curriculum"])
+
+
+def _exact_and_group(answers: list[Answers]) -> tuple[Tensor, Tensor]:
+    exact = torch.cat([exact_rows(item) for item in answers])
+    return exact, torch.cat([item.group for item in answers])
+
+
+def _validation_metrics(loss: float, exact: Tensor, group: Tensor) -> dict[str, float]:
+    metrics = {"loss": loss, "accuracy": exact.float().mean().item()}
+    for index, name in enumerate(GROUPS):
+        chosen = group == index
+        if chosen.any():
+            metrics[f"accuracy_{name}"] = exact[chosen].float().mean().item()
+    return metrics

@@ -1,0 +1,127 @@
+"""What every stage that trains a Reactive Transformer has in common: the model and its files.
+
+Not here: losses and batches (one file a stage). The model is trained in place; which of its
+components train is decided anew by each objective that is built around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rxlm.errors import RunError
+from rxlm.rxt.config import NOT_ARCHITECTURE
+from rxlm.rxt.model import RxTNetwork
+from rxlm.tokenization import Tokenizer
+from rxlm.training.device import move_to_device
+from rxlm.training.objective import Objective
+
+COMPONENTS = ("encoder", "decoder", "memory_attention")
+"""The components of the model that a stage can train."""
+
+
+class ModelObjective(Objective):
+    """A stage around one model, with extra modules that only training needs (an MLM head).
+
+    Args:
+        model: trained in place.
+        tokenizer: the one whose ids the model knows.
+        trains: the components that learn; the others are frozen and run in evaluation mode. The
+            token embedding, which encoder and decoder share, learns if either does.
+        extra_modules: by name; they learn, and are saved beside the model as
+            ``<name>.safetensors``.
+    """
+
+    def __init__(
+        self,
+        model: RxTNetwork,
+        tokenizer: Tokenizer,
+        *,
+        trains: Sequence[str] = COMPONENTS,
+        extra_modules: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.trains = tuple(trains)
+        self.extra_modules = dict(extra_modules or {})
+        self._trained: nn.Module = model
+        if self.extra_modules:
+            self._trained = nn.ModuleDict({"model": model, **self.extra_modules})
+        # A model goes from stage to stage: what the stage before froze is set here, too.
+        model.requires_grad_(False)
+        for name in self.trains:
+            getattr(model, name).requires_grad_(True)
+
+    def trained_modules(self) -> nn.Module:
+        """Return the model, together with the extra modules if there are any."""
+        return self._trained
+
+    def set_training_mode(self) -> None:
+        """Put everything into training mode but the frozen components (no dropout there)."""
+        self._trained.train()
+        for name in COMPONENTS:
+            getattr(self.model, name).train(name in self.trains)
+
+    def to_device(self, batch: Any) -> Any:
+        """Return ``batch`` with all its tensors moved to where the model is."""
+        return move_to_device(batch, self.model.device)
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the configuration that weights depend on, tokenizer included."""
+        # Fields at their default are left out, so a field added later leaves old runs resumable.
+        parts = {
+            name: getattr(self.model.config, name).model_dump(
+                mode="json", exclude=set(NOT_ARCHITECTURE), exclude_defaults=True
+            )
+            for name in COMPONENTS
+        }
+        shapes = {
+            name: {key: list(value.shape) for key, value in module.state_dict().items()}
+            for name, module in self.extra_modules.items()
+        }
+        return {"model": parts, "vocabulary": self.tokenizer.fingerprint, **shapes}
+
+    def save_model(self, directory: Path) -> None:
+        """Write the model folder, and the extra modules into it."""
+        self.model.save_pretrained(directory)
+        for name, module in self.extra_modules.items():
+            tensors = {key: value.contiguous() for key, value in module.state_dict().items()}
+            save_file(tensors, directory / f"{name}.safetensors")
+
+    def load_model_weights(self, directory: Path) -> None:
+        """Load the model and the extra modules in place.
+
+        Raises:
+            RunError: if a file is missing, damaged or of other shapes.
+        """
+        self.model.load_weights(directory)
+        for name in self.extra_modules:
+            self._load_extra_module(name, directory)
+
+    def load_extra_modules(self, directory: Path) -> list[str]:
+        """Begin with the extra modules of an earlier stage; return the names of those it had.
+
+        Args:
+            directory: the model folder from which this stage's model comes.
+        """
+        names = [
+            name for name in self.extra_modules if (directory / f"{name}.safetensors").exists()
+        ]
+        for name in names:
+            self._load_extra_module(name, directory)
+        return names
+
+    def _load_extra_module(self, name: str, directory: Path) -> None:
+        path = directory / f"{name}.safetensors"
+        try:
+            self.extra_modules[name].load_state_dict(load_file(path))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise RunError(
+                f"{path}: cannot be loaded ({error}). It belongs to the stage '{self.name}'; "
+                "resume from another checkpoint of that stage."
+            ) from error

@@ -1,0 +1,86 @@
+"""How a stage is trained: steps, optimizer, schedule, precision, cadence. No torch.
+
+Not here: what is trained and on which data. Batch sizes, data seeds and curricula belong to the
+objective of the stage.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rxlm.configuration import Config
+from rxlm.errors import UserError
+
+
+class TrainSettings(Config):
+    """Settings of the Trainer. One step is one optimizer update."""
+
+    steps: int = Field(gt=0)
+    """Number of optimizer updates of the whole run."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the global random generators (dropout); data order has its own seed."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW's decoupled decay; matrices only (biases, norms and gates do not decay)."""
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the whole gradient; ``null`` = no clipping."""
+
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Learning rate after warm-up: ``wsd`` = constant, then linear decay at the end."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates of linear warm-up; the peak is reached at update ``warmup_steps``."""
+    final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate of the last update divided by the peak (cosine and wsd)."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Fraction of ``steps`` that wsd spends decaying."""
+
+    accumulation: int = Field(default=1, gt=0)
+    """Micro-batches per update; they are weighted by their targets."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16`` runs the forward pass under autocast; weights stay fp32."""
+    device: str = "auto"
+    """``auto`` (CUDA if there is one, else CPU), ``cpu``, ``cuda``, ``cuda:1``, ..."""
+    threads: int | None = Field(default=None, gt=0)
+    """CPU threads of torch; ``null`` leaves torch's choice."""
+    prefetch: int = Field(default=1, ge=0)
+    """Micro-batches built ahead in a background thread; 0 = none."""
+
+    log_every: int = Field(default=10, gt=0)
+    """Steps between two lines of ``metrics.jsonl``."""
+    validate_every: int | None = Field(default=None, gt=0)
+    """Steps between validations (there is also one after the last step); ``null`` = never."""
+    save_every: int | None = Field(default=None, gt=0)
+    """Steps between checkpoints; ``null`` = only improvements, interruptions and the end."""
+    keep_last: int = Field(default=2, gt=0)
+    """How many of the newest checkpoints stay on disk."""
+    keep_best: int = Field(default=1, ge=0)
+    """How many of the best checkpoints stay; 0 = improvements are not saved specially."""
+    best_metric: str = "loss"
+    """The validation metric that says which checkpoint is best."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether a smaller or a larger ``best_metric`` is better."""
+    early_stop_patience: int | None = Field(default=None, gt=0)
+    """Stop after this many validations without a better ``best_metric``; ``null`` = never."""
+    max_bad_steps: int = Field(default=10, ge=0)
+    """How many steps in a row may be skipped for a non-finite loss or gradient."""
+    tensorboard: bool = True
+    """Write TensorBoard events too, if the ``tensorboard`` package is installed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSettings:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise UserError(f"betas={self.betas}: both must be in [0, 1), such as [0.9, 0.95].")
+        if self.early_stop_patience is not None and self.validate_every is None:
+            raise UserError(
+                f"early_stop_patience={self.early_stop_patience} counts validations, but "
+                "validate_every is null: set validate_every to a number of steps."
+            )
+        return self
