@@ -29,7 +29,7 @@ ItemType = TypeVar("ItemType")
 
 PREFIX_SHARE = 0.25
 ECHO_SHARE = 0.5
-FIXED_CHAT_SHARE = 0.6
+FIXED_CHAT_SHARE = 0.5
 
 
 def seeded(*parts: object) -> random.Random:
@@ -149,7 +149,7 @@ class Dialogue:
     def update(self, kind: FactKind, value: str) -> None:
         """Add a turn that changes a fact told earlier to ``value``."""
         before = self.told[kind.name]
-        text = self._prefixed(pick(self.rng, kind.updates).replace("{}", value), ())
+        text = capitalised(pick(self.rng, kind.updates).replace("{}", value))
         if self.rng.random() < ECHO_SHARE:
             answer = kind.answer.replace("{}", value).removesuffix(".") + " now, noted."
         else:
@@ -210,7 +210,7 @@ class Dialogue:
         self.add(Interaction(query, answer))
 
     def _prefixed(self, text: str, prefixes: Sequence[str]) -> str:
-        if prefixes and self.rng.random() < PREFIX_SHARE:
+        if self.rng.random() < PREFIX_SHARE:
             return pick(self.rng, prefixes) + text
         return capitalised(text)
 

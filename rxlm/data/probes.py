@@ -12,7 +12,7 @@ from functools import partial
 
 from rxlm.data.conversations import Interaction
 from rxlm.data.dialogue import Dialogue, pick, shuffled
-from rxlm.data.facts import FACT_KINDS, FactKind
+from rxlm.data.facts import FACT_KINDS, KINDS_BY_NAME, FactKind
 from rxlm.errors import UserError
 
 PAIR_SHARE = 0.2
@@ -148,7 +148,6 @@ def _fill_between(
         if kind is not None:
             dialogue.tell(kind, values[kind.name])
         elif known and rng.random() < QUESTION_SHARE:
-            by_name = {kind.name: kind for kind in FACT_KINDS}
-            dialogue.add(dialogue.question(by_name[pick(rng, known)]))
+            dialogue.add(dialogue.question(KINDS_BY_NAME[pick(rng, known)]))
         else:
             dialogue.chat()

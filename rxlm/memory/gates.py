@@ -60,12 +60,17 @@ class ResidualGate(nn.Module):
             self.weight = nn.Parameter(torch.randn(num_layers, 2 * dim, outputs) * 0.02)
 
     def forward(self, old: Tensor, new: Tensor) -> Tensor:
-        """Combine old slots and their update, both ``[L, B, S, D]``."""
+        """Combine old slots and their update, both ``[L, B, S, D]``, in the dtype of the old.
+
+        Under autocast the update arrives in bf16; the memory must not, because small changes of
+        many turns would be rounded away.
+        """
+        new = new.to(old.dtype)
         if not self.settings.residual:
             return new
         if not self.settings.enabled:
             return old + new
-        return torch.lerp(old, new, self.value(old, new))
+        return torch.lerp(old, new, self.value(old, new).to(old.dtype))
 
     def value(self, old: Tensor, new: Tensor) -> Tensor:
         """Return the gate in [0, 1], broadcastable to ``[L, B, S, D]``: 1 overwrites, 0 keeps."""

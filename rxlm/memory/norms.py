@@ -57,7 +57,7 @@ class MemoryNorm(nn.Module):
         if self.norm_type == "adaptive":
             pooled = mean_square.mean(dim=-2, keepdim=True)
             mean_square = self.decay * pooled + (1.0 - self.decay) * mean_square
-        normed = x * torch.rsqrt(mean_square + self.eps) * self.scale
+        normed = x * torch.rsqrt(mean_square + self.eps) * self.scale.float()
         if self.norm_type != "classic-rms":
-            normed = torch.lerp(slots.float(), normed, torch.sigmoid(self.gate))
+            normed = torch.lerp(slots.float(), normed, torch.sigmoid(self.gate.float()))
         return normed.to(slots.dtype)

@@ -248,6 +248,8 @@ def _parse_scalar(text: str, override: str) -> Any:
 def _describe_problem(recipe: LoadedRecipe, problem: Any) -> str:
     """Return ``where: dotted.path: message`` for one entry of ``ValidationError.errors()``."""
     path, value = _locate(recipe.values, problem["loc"])
+    if problem["type"] == "missing":
+        path = (*path, str(problem["loc"][-1]))
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(value, Mapping):
         # A nested configuration reports its unknown key from its constructor, at its own path.
@@ -261,14 +263,11 @@ def _describe_problem(recipe: LoadedRecipe, problem: Any) -> str:
 def _locate(values: Any, location: Sequence[int | str]) -> tuple[tuple[str, ...], Any]:
     """Follow pydantic's location through the recipe; union tags and the like are left out."""
     path: list[str] = []
-    for index, part in enumerate(location):
-        if isinstance(values, Mapping) and part in values:
+    for part in location:
+        in_list = isinstance(values, list) and isinstance(part, int) and part < len(values)
+        if in_list or (isinstance(values, Mapping) and part in values):
             values = values[part]
-        elif isinstance(values, list | tuple) and isinstance(part, int) and part < len(values):
-            values = values[part]
-        elif not (isinstance(values, Mapping) and index == len(location) - 1):
-            continue
-        path.append(str(part))
+            path.append(str(part))
     return tuple(path), values
 
 

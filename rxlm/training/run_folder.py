@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import Field
 
 import rxlm
 from rxlm.configuration import Config
@@ -41,7 +42,7 @@ class RunStatus(Config):
     """``failed`` = stopped by an error; ``running`` may also mean killed."""
     step: int = 0
     """Updates made."""
-    metrics: dict[str, float | None] = {}
+    metrics: dict[str, float | None] = Field(default_factory=dict)
     """Last metrics, ``train/<name>`` and ``validation/<name>``."""
     seconds: float = 0.0
     """Training time of the whole run."""

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -48,13 +48,13 @@ class TrainingState(Config):
     """Steps skipped immediately before this one."""
     best: Best | None = None
     validations_since_best: int = 0
-    validation: dict[str, float] = {}
+    validation: dict[str, float] = Field(default_factory=dict)
     """Metrics of the last validation."""
     validation_step: int | None = None
     """Updates made at the last validation."""
-    train: dict[str, float] = {}
+    train: dict[str, float] = Field(default_factory=dict)
     """Metrics of the last log line."""
-    window: dict[str, tuple[float, float]] = {}
+    window: dict[str, tuple[float, float]] = Field(default_factory=dict)
     """Sums since the last log line (see ``MetricWindow``)."""
 
     @property

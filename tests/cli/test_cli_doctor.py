@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,25 @@ def test_check_leaves_the_random_state_alone() -> None:
     assert problem is None
     assert measurement is not None
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_cuda_device_is_listed_and_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a doctor that finds the GPU but reports the CPU, or the other way round."""
+    gpu = types.SimpleNamespace(name="Example GPU", total_memory=80 * 1024**3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    devices = doctor.find_devices()
+    assert devices["chosen"] == "cuda"
+    assert devices["found"][1] == {"name": "cuda:0", "description": "Example GPU, 80 GiB"}
+
+
+@pytest.mark.gpu
+def test_model_runs_on_the_gpu() -> None:
+    """Catches a check that works on the CPU only: the RNG guard and the timing differ there."""
+    measurement, problem = doctor.check_model("cuda")
+    assert problem is None
+    assert measurement is not None
 
 
 def test_fla_is_explained_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 from torch import nn
 
-from rxlm.errors import RunError
+from rxlm.errors import UserError
 from rxlm.rxt.config import NOT_ARCHITECTURE
-from rxlm.rxt.model import RxTNetwork
+from rxlm.rxt.fingerprint import distinct_tensors
+from rxlm.rxt.model_folder import WEIGHTS_FILE
+from rxlm.rxt.reactive import ReactiveModel, weight_problems
+from rxlm.rxt.saving import save_model
+from rxlm.rxt.state_files import read_tensors, write_tensors
 from rxlm.tokenization import Tokenizer
 from rxlm.training.device import move_to_device
 from rxlm.training.objective import Objective
@@ -30,21 +33,31 @@ class ModelObjective(Objective):
 
     Args:
         model: trained in place.
-        tokenizer: the one whose ids the model knows.
+        tokenizer: the one that encodes the data; it becomes the model's if that has none.
         trains: the components that learn; the others are frozen and run in evaluation mode. The
             token embedding, which encoder and decoder share, learns if either does.
         extra_modules: by name; they learn, and are saved beside the model as
             ``<name>.safetensors``.
+
+    Raises:
+        UserError: if the tokenizer is not the model's, or its vocabulary is not.
     """
 
     def __init__(
         self,
-        model: RxTNetwork,
+        model: ReactiveModel,
         tokenizer: Tokenizer,
         *,
         trains: Sequence[str] = COMPONENTS,
         extra_modules: Mapping[str, nn.Module] | None = None,
     ) -> None:
+        if model.tokenizer is None:
+            model.set_tokenizer(tokenizer)
+        elif model.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"the data is encoded by {tokenizer!r}, but the model was trained with "
+                f"{model.tokenizer!r}: use the model's own tokenizer."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.trains = tuple(trains)
@@ -88,40 +101,44 @@ class ModelObjective(Objective):
 
     def save_model(self, directory: Path) -> None:
         """Write the model folder, and the extra modules into it."""
-        self.model.save_pretrained(directory)
+        save_model(self.model, directory)
         for name, module in self.extra_modules.items():
-            tensors = {key: value.contiguous() for key, value in module.state_dict().items()}
-            save_file(tensors, directory / f"{name}.safetensors")
+            write_tensors(_extra_file(directory, name), distinct_tensors(module), kind=name)
 
     def load_model_weights(self, directory: Path) -> None:
         """Load the model and the extra modules in place.
 
         Raises:
-            RunError: if a file is missing, damaged or of other shapes.
+            UserError: if a file is missing, damaged, or does not hold exactly these weights.
         """
-        self.model.load_weights(directory)
-        for name in self.extra_modules:
-            self._load_extra_module(name, directory)
+        _load_in_place(self.model, directory / WEIGHTS_FILE)
+        for name, module in self.extra_modules.items():
+            _load_in_place(module, _extra_file(directory, name))
 
     def load_extra_modules(self, directory: Path) -> list[str]:
         """Begin with the extra modules of an earlier stage; return the names of those it had.
 
         Args:
             directory: the model folder from which this stage's model comes.
+
+        Raises:
+            UserError: as :meth:`load_model_weights`.
         """
-        names = [
-            name for name in self.extra_modules if (directory / f"{name}.safetensors").exists()
-        ]
+        names = [name for name in self.extra_modules if _extra_file(directory, name).exists()]
         for name in names:
-            self._load_extra_module(name, directory)
+            _load_in_place(self.extra_modules[name], _extra_file(directory, name))
         return names
 
-    def _load_extra_module(self, name: str, directory: Path) -> None:
-        path = directory / f"{name}.safetensors"
-        try:
-            self.extra_modules[name].load_state_dict(load_file(path))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise RunError(
-                f"{path}: cannot be loaded ({error}). It belongs to the stage '{self.name}'; "
-                "resume from another checkpoint of that stage."
-            ) from error
+
+def _extra_file(directory: Path, name: str) -> Path:
+    return directory / f"{name}.safetensors"
+
+
+def _load_in_place(module: nn.Module, path: Path) -> None:
+    expected, weights = distinct_tensors(module), read_tensors(path)
+    problems = weight_problems(expected, weights)
+    if problems:
+        raise UserError(f"{path} does not hold the weights of this run:\n" + "\n".join(problems))
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(weights[name])

@@ -1,23 +1,62 @@
-"""Plain text as rows of tokens for joint LM training: documents cut into consecutive rows.
+"""Windows of token rows: the turns of a conversation, or the consecutive pieces of a document.
 
-A row holds tokens of one document only, so no document sees another; short rows cost little,
-since batches are bucketed by length. A window of consecutive rows of a document plays the part of
-a conversation. Not here: reading files (``rxlm.data``), batches.
+Joint LM training reads both in the same way. A row holds tokens of one turn or document only, so
+no document sees another; short rows cost little, since batches are bucketed by length. Not here:
+reading files (``rxlm.data``) and what is learned from a window.
+
+Shapes: B windows, N rows of the longest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
+from rxlm.data.conversations import Conversation
 from rxlm.data.order import sample_index
 from rxlm.errors import UserError
+from rxlm.rxt.dialogues import DialogueBatch, Row, TurnEncoder, dialogue_batch
 from rxlm.tokenization import Tokenizer
 from rxlm.tokenization.template import EncodedTurn
 
 _TEXTS_AT_ONCE = 1000
+
+
+def conversation_rows(encoder: TurnEncoder, conversation: Conversation) -> list[EncodedTurn]:
+    """Return the turns of a conversation; a system prompt becomes a turn before the first."""
+    rows = [encoder.interaction(item.query, item.answer) for item in conversation.interactions]
+    if conversation.system:
+        rows.insert(0, encoder.system(conversation.system))
+    return rows
+
+
+def batch_windows(
+    windows: Sequence[Sequence[EncodedTurn]], *, answers: bool, num_buckets: int, pad_id: int
+) -> DialogueBatch:
+    """Batch windows: every row is encoded, and answered from the rows before it.
+
+    Args:
+        windows: B of them, each of at least one row.
+        answers: whether anything is answered; otherwise ``answer`` of the batch is empty.
+        num_buckets: length buckets.
+        pad_id: filler; never read.
+    """
+    rows = [
+        Row(turn, n * len(windows) + b, 0)
+        for b, window in enumerate(windows)
+        for n, turn in enumerate(window)
+    ]
+    answered = [row for row in rows if answers and row.turn.answer_start < len(row.turn.ids)]
+    return dialogue_batch(
+        rows,
+        answered,
+        num_dialogues=len(windows),
+        num_turns=max(len(window) for window in windows),
+        num_buckets=num_buckets,
+        pad_id=pad_id,
+    )
 
 
 class _Piece(NamedTuple):
@@ -67,7 +106,8 @@ class TextRows:
         Every row is in exactly one window of an epoch. All tokens after the first are targets.
         """
         windows = self._cut_windows(num_rows)
-        return [self._row(piece) for piece in windows[sample_index(self.seed, position, len(windows))]]
+        window = windows[sample_index(self.seed, position, len(windows))]
+        return [self._row(piece) for piece in window]
 
     def _cut_windows(self, num_rows: int) -> list[list[_Piece]]:
         if num_rows not in self._windows:
@@ -105,7 +145,7 @@ def _cut(
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32), documents
 
 
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterable[list[int]]:
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
     batch: list[str] = []
     for text in texts:
         batch.append(text)

@@ -1,0 +1,117 @@
+"""Memories of many conversations at once, and greedy answers from them.
+
+Shapes: L layers, B conversations, N turns, S slots, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rxlm.data.conversations import Interaction
+from rxlm.ops.sampling import SamplingSettings
+from rxlm.rxt.conversation import ConversationState
+from rxlm.rxt.dialogues import DialogueBatch, Row, Rows, TurnEncoder, dialogue_batch
+from rxlm.rxt.generation import Answer
+from rxlm.rxt.reactive import ReactiveModel
+from rxlm.rxt.unroll import encode_turns, scan_memory
+
+Turns = Sequence[Interaction]
+
+NUM_BUCKETS = 4
+"""Length buckets when many turns are encoded: less padding, the same result."""
+
+
+def memory_of_references(
+    model: ReactiveModel, turns: TurnEncoder, dialogues: Sequence[Turns], first: int = 0
+) -> Tensor:
+    """Write the given turns, reference answers included, into fresh memories.
+
+    Args:
+        model: the encoder and the writer.
+        turns: turns text into tokens.
+        dialogues: B lists of turns of any lengths, also empty ones.
+        first: number of the first dialogue; a dialogue starts from the memory of its number's
+            seed, so that the batch it is in does not matter.
+
+    Returns:
+        the memory after each dialogue's last turn, ``[L, B, S, D]``.
+    """
+    count = len(dialogues)
+    rows = [
+        Row(turns.interaction(turn.query, turn.answer), n * count + b, 0)
+        for b, dialogue in enumerate(dialogues)
+        for n, turn in enumerate(dialogue)
+    ]
+    slots = model.initial_memory(count, seed=first)
+    if not rows:
+        return slots
+    num_turns = max(len(dialogue) for dialogue in dialogues)
+    batch = dialogue_batch(
+        rows,
+        (),
+        num_dialogues=count,
+        num_turns=num_turns,
+        num_buckets=NUM_BUCKETS,
+        pad_id=turns.tokenizer.pad_id,
+    )
+    encoded = encode_turns(model.encoder, move_batch(batch, model.device))
+    # A turn that a dialogue does not have leaves its memory as it is.
+    return scan_memory(model.memory_attention, slots, encoded, num_turns)[:, -count:]
+
+
+def memory_of_own_answers(
+    model: ReactiveModel, dialogues: Sequence[Turns], max_answer_tokens: int, first: int = 0
+) -> Tensor:
+    """Hold the conversations: the model answers each query itself, and that is written.
+
+    Args:
+        model: the whole model.
+        dialogues: B lists of turns; only the queries are used.
+        max_answer_tokens: longer answers are cut.
+        first: as for :func:`memory_of_references`.
+
+    Returns:
+        the memory after each dialogue's last turn, ``[L, B, S, D]``.
+    """
+    slots = model.initial_memory(len(dialogues), seed=first).clone()
+    for n in range(max((len(dialogue) for dialogue in dialogues), default=0)):
+        present = [b for b, dialogue in enumerate(dialogues) if len(dialogue) > n]
+        queries = [dialogues[b][n].query for b in present]
+        before = slots[:, present]
+        answers = greedy_answers(model, before, queries, max_answer_tokens)
+        state = ConversationState.start(before, seed=0)
+        after = model.update_memory(state, [answer.turn for answer in answers])
+        slots[:, present] = after.slots
+    return slots
+
+
+def greedy_answers(
+    model: ReactiveModel, slots: Tensor, queries: Sequence[str], max_answer_tokens: int
+) -> list[Answer]:
+    """Answer a batch of queries, each token the most likely one.
+
+    Args:
+        model: the decoder and the tokenizer.
+        slots: what each of the B rows reads, ``[L, B, S, D]``; not changed.
+        queries: B texts.
+        max_answer_tokens: longer answers are cut.
+    """
+    generated = model.generate(
+        ConversationState.start(slots, seed=0),
+        queries,
+        SamplingSettings(temperature=0.0),
+        max_new_tokens=max_answer_tokens,
+    )
+    return generated.answers
+
+
+def move_batch(batch: DialogueBatch, device: torch.device) -> DialogueBatch:
+    """Return the batch with its tensors on ``device``."""
+
+    def moved(buckets: tuple[Rows, ...]) -> tuple[Rows, ...]:
+        return tuple(Rows(*(tensor.to(device) for tensor in rows)) for rows in buckets)
+
+    return batch._replace(encode=moved(batch.encode), answer=moved(batch.answer))

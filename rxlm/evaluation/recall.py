@@ -1,0 +1,247 @@
+"""Facts over turns: does the model still know what it was told, after d turns and n facts?
+
+Every question is answered for real, token by token, by greedy decoding. Beside the memory of the
+conversation the decoder is given controls: no memory, and that of another conversation; what it
+still answers then, it did not remember. What is asked is in ``recall_plan``, what the figures must
+reach in ``recall_summary``.
+
+Shapes: L layers, B conversations, S slots, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from rxlm.data.conversations import Conversation, Interaction
+from rxlm.data.generator import DialogueGenerator
+from rxlm.evaluation.answering import (
+    greedy_answers,
+    memory_of_own_answers,
+    memory_of_references,
+    under_condition,
+)
+from rxlm.evaluation.recall_plan import (
+    Cell,
+    Condition,
+    RecallSettings,
+    cell_dialogues,
+    plan_cells,
+)
+from rxlm.evaluation.scoring import Score, score_answer
+from rxlm.rxt.dialogues import TurnEncoder
+from rxlm.rxt.generation import evaluation_mode, turn_limit
+from rxlm.tokenization.template import encode_query
+
+if TYPE_CHECKING:
+    from rxlm.rxt.models import RxTAlpha
+
+Progress = Callable[[int, int, str], None]
+"""Called with (units done, units in all, what is next or was last)."""
+
+
+class RecallRow(TypedDict):
+    """Shares of one cell, seed and condition; ``n`` answers."""
+
+    test: str
+    unseen: str
+    distance: int
+    facts: int
+    history: str
+    seed: int
+    condition: str
+    n: int
+    exact: float
+    value: float
+    stale: float
+    declined: float
+    chance: float
+    """Share that random guessing from the pool of values would get right."""
+
+
+class Mistake(TypedDict):
+    """A wrong answer from memory, to look at."""
+
+    test: str
+    unseen: str
+    distance: int
+    facts: int
+    told: str
+    query: str
+    expected: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class RecallResult:
+    """Everything that a run of the recall test found, as plain data."""
+
+    settings: RecallSettings
+    rows: list[RecallRow]
+    mistakes: list[Mistake]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "rows": list(self.rows),
+            "mistakes": list(self.mistakes),
+            "seconds": self.seconds,
+        }
+
+
+def evaluate_recall(
+    model: RxTAlpha, settings: RecallSettings | None = None, progress: Progress | None = None
+) -> RecallResult:
+    """Run the recall test.
+
+    Args:
+        model: with its tokenizer.
+        settings: default: the full test, about 40 cells for each of 3 seeds.
+        progress: told before every cell and at the end.
+
+    Raises:
+        UserError: if a built-in turn is longer than the model's ``seq_len``.
+    """
+    settings = settings or RecallSettings()
+    generator = DialogueGenerator(settings.generator)
+    turns = TurnEncoder(model.tokenizer, turn_limit(model))
+    rows: list[RecallRow] = []
+    mistakes: list[Mistake] = []
+    begin = time.perf_counter()
+    work = [(cell, seed) for cell in plan_cells(settings) for seed in settings.seeds]
+    with evaluation_mode(model), torch.no_grad():
+        for done, (cell, seed) in enumerate(work):
+            if progress is not None:
+                progress(done, len(work), f"{cell.name}, seed {seed}")
+            dialogues = cell_dialogues(generator, cell, seed, settings.dialogues)
+            answers = answer_cell(model, turns, dialogues, cell, settings)
+            for condition, texts in answers.items():
+                rows.append(_row(cell, seed, condition, dialogues, texts, generator))
+            mistakes += _mistakes(cell, dialogues, answers)[: settings.max_mistakes - len(mistakes)]
+    if progress is not None:
+        progress(len(work), len(work), "done")
+    return RecallResult(settings, rows, mistakes, time.perf_counter() - begin)
+
+
+def answer_cell(
+    model: RxTAlpha,
+    turns: TurnEncoder,
+    dialogues: Sequence[Conversation],
+    cell: Cell,
+    settings: RecallSettings,
+) -> dict[Condition, list[str]]:
+    """Return the answers to the last question of each dialogue, under each condition."""
+    memory = torch.cat(
+        [
+            _memory(model, turns, dialogues[start : start + settings.batch_size], cell, settings)
+            for start in range(0, len(dialogues), settings.batch_size)
+        ],
+        dim=1,
+    )
+    read = [under_condition(model, memory, condition) for condition in cell.conditions]
+    tokenizer = model.tokenizer
+    prompts = [encode_query(tokenizer, item.interactions[-1].query) for item in dialogues]
+    texts: dict[Condition, list[str]] = {condition: [] for condition in cell.conditions}
+    for start in range(0, len(dialogues), settings.batch_size):
+        part = slice(start, start + settings.batch_size)
+        # One batch for all conditions: the questions are the same, only what is read differs.
+        slots = torch.cat([slots[:, part] for slots in read], dim=1)
+        answers = greedy_answers(
+            model, slots, prompts[part] * len(read), settings.max_answer_tokens
+        )
+        count = len(prompts[part])
+        for index, condition in enumerate(cell.conditions):
+            own = answers[index * count : (index + 1) * count]
+            texts[condition] += [tokenizer.decode(answer.ids) for answer in own]
+    return texts
+
+
+def _memory(
+    model: RxTAlpha,
+    turns: TurnEncoder,
+    dialogues: Sequence[Conversation],
+    cell: Cell,
+    settings: RecallSettings,
+) -> Tensor:
+    """Return the memory ``[L, B, S, D]`` before the question."""
+    earlier = [dialogue.interactions[:-1] for dialogue in dialogues]
+    if cell.history == "own":
+        return memory_of_own_answers(model, turns, earlier, settings.max_answer_tokens)
+    return memory_of_references(model, turns, earlier)
+
+
+def _row(
+    cell: Cell,
+    seed: int,
+    condition: Condition,
+    dialogues: Sequence[Conversation],
+    texts: Sequence[str],
+    generator: DialogueGenerator,
+) -> RecallRow:
+    asked = [dialogue.interactions[-1] for dialogue in dialogues]
+    scores = [score_answer(text, item) for text, item in zip(texts, asked, strict=True)]
+    count = len(scores)
+
+    def share(name: str) -> float:
+        return sum(getattr(score, name) for score in scores) / count
+
+    return RecallRow(
+        test=cell.test,
+        unseen=cell.unseen,
+        distance=cell.distance,
+        facts=cell.facts,
+        history=cell.history,
+        seed=seed,
+        condition=condition,
+        n=count,
+        exact=share("exact"),
+        value=share("value"),
+        stale=share("stale"),
+        declined=share("declined"),
+        chance=sum(_chance(generator, item) for item in asked) / count,
+    )
+
+
+def _chance(generator: DialogueGenerator, asked: Interaction) -> float:
+    """Return how often a guess is right; there is nothing to guess about what was never told."""
+    return 0.0 if asked.value is None or asked.fact is None else generator.chance(asked.fact)
+
+
+def _mistakes(
+    cell: Cell, dialogues: Sequence[Conversation], answers: dict[Condition, list[str]]
+) -> list[Mistake]:
+    found = []
+    for dialogue, text in zip(dialogues, answers.get("memory", ()), strict=False):
+        asked = dialogue.interactions[-1]
+        if not score_answer(text, asked).exact:
+            found.append(
+                Mistake(
+                    test=cell.test,
+                    unseen=cell.unseen,
+                    distance=cell.distance,
+                    facts=cell.facts,
+                    told=_told(dialogue),
+                    query=asked.query,
+                    expected=asked.answer,
+                    answer=text,
+                )
+            )
+    return found
+
+
+def _told(dialogue: Conversation) -> str:
+    """Return the query that told the fact asked for; empty if none did."""
+    fact = dialogue.interactions[-1].fact
+    telling = [
+        turn.query
+        for turn in dialogue.interactions[:-1]
+        if any(kind == fact for kind, _ in turn.told)
+    ]
+    return telling[-1] if telling else ""

@@ -1,0 +1,286 @@
+"""Answering turns token by token, for any number of conversations at once.
+
+One code path: a single conversation is a batch of one. Memory is read here and never written (see
+:mod:`rxlm.rxt.reactive`), text does not occur (see :mod:`rxlm.rxt.models`).
+
+Shapes: B conversations, T tokens of the longest prompt, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from rxlm.errors import UserError
+from rxlm.ops.sampling import SamplingSettings, sample, uniform_draw
+from rxlm.rxt.components import DecodeCache
+from rxlm.rxt.conversation import ConversationState
+from rxlm.rxt.model import RxTNetwork
+
+StopReason = Literal["eos", "length", "stopped"]
+
+
+class Answer(NamedTuple):
+    """One finished answer.
+
+    ``ids``: the answer, without [A] and [EOS]; ``reason``: the model ended it ('eos'), it was cut
+    ('length'), or the reader stopped ('stopped'); ``turn``: the whole turn as it enters memory,
+    ``[BOS] ... [A] answer [EOS]``, whatever the reason.
+    """
+
+    ids: list[int]
+    reason: StopReason
+    turn: list[int]
+
+
+class AnswerLimits(NamedTuple):
+    """How long an answer may get.
+
+    ``max_seq_len``: tokens of the whole turn, from [BOS] to [EOS] (None: the model's ``seq_len``,
+    which also caps it); ``max_new_tokens``: tokens of the answer without [EOS] (None: as many as
+    fit).
+    """
+
+    max_seq_len: int | None = None
+    max_new_tokens: int | None = None
+
+
+class AnswerStream:
+    """Answers that are being written: iterate for one token a row and step.
+
+    Each step gives a list with one id a row: [EOS] when the model ends its answer, None for rows
+    that have ended (an answer cut by length ends without an id). Each step is computed when it is
+    asked for, without gradients and in evaluation mode; between steps nothing of that is active.
+    """
+
+    def __init__(
+        self,
+        network: RxTNetwork,
+        state: ConversationState,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        limits: AnswerLimits = AnswerLimits(),  # noqa: B008 (an immutable value)
+    ) -> None:
+        """Check the prompts; nothing is computed yet.
+
+        Args:
+            network: the model.
+            state: one conversation a prompt; left unchanged.
+            prompts: the ids of each row's query, ``[BOS] [Q] query``; [A] is added if missing.
+            settings: how tokens are chosen.
+            limits: where answers are cut.
+
+        Raises:
+            UserError: if the numbers of prompts and conversations differ, or a prompt is empty,
+                holds ids outside the vocabulary, or leaves no room for an answer.
+        """
+        if len(prompts) != state.batch_size:
+            raise UserError(
+                f"{len(prompts)} prompts for {state.batch_size} conversations: give one each."
+            )
+        self.network = network
+        self.settings = settings
+        ids = network.config.tokenizer
+        self._eos_id, self._pad_id = ids.eos_token_id, ids.pad_token_id
+        self._prompts = [_with_answer_token(prompt, ids.answer_token_id) for prompt in prompts]
+        self._room = [_answer_room(network, prompt, limits) for prompt in self._prompts]
+        self._start = state
+        self._draws = list(state.draws)
+        self._answers: list[list[int]] = [[] for _ in prompts]
+        self._reasons: list[StopReason | None] = [None for _ in prompts]
+        self._pending: list[int | None] | None = None
+        self._memory = None
+        self._cache: DecodeCache | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether every answer has ended."""
+        return all(reason is not None for reason in self._reasons)
+
+    @property
+    def state(self) -> ConversationState:
+        """The conversations with the draws made so far; their memory is that before the turn."""
+        return self._start.replaced(draws=tuple(self._draws))
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens chosen so far, over all rows, [EOS] included."""
+        return sum(self._draws) - sum(self._start.draws)
+
+    def answers(self) -> list[Answer]:
+        """Return the answers as they are; those that have not ended count as 'stopped'."""
+        return [
+            Answer(list(ids), reason or "stopped", [*prompt, *ids, self._eos_id])
+            for prompt, ids, reason in zip(
+                self._prompts, self._answers, self._reasons, strict=True
+            )
+        ]
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        return self
+
+    def __next__(self) -> list[int | None]:
+        if self.done:
+            raise StopIteration
+        chosen = self._choose(self._next_logits())
+        step: list[int | None] = [None for _ in chosen]
+        for row, token in enumerate(chosen):
+            if self._reasons[row] is not None:
+                continue
+            self._draws[row] += 1
+            if token == self._eos_id:
+                self._reasons[row] = "eos"
+                step[row] = token
+            elif len(self._answers[row]) == self._room[row]:
+                # The place of this token is [EOS]'s.
+                self._reasons[row] = "length"
+            else:
+                self._answers[row].append(token)
+                step[row] = token
+        self._pending = step
+        if all(token is None for token in step):
+            raise StopIteration
+        return step
+
+    @torch.no_grad()
+    def _next_logits(self) -> Tensor:
+        with evaluation_mode(self.network):
+            if self._pending is None:
+                return self._prefill()
+            rows = [
+                None if reason is not None else token
+                for token, reason in zip(self._pending, self._reasons, strict=True)
+            ]
+            ids, mask = padded([[] if row is None else [row] for row in rows], self._pad_id)
+            return self._advance(ids, mask)[:, -1]
+
+    def _prefill(self) -> Tensor:
+        weight = self.network.encoder.embedding.weight
+        slots = self._start.slots.to(device=weight.device, dtype=weight.dtype)
+        self._memory = self.network.decoder.read_memory(slots)
+        ids, mask = padded(self._prompts, self._pad_id)
+        logits_at = mask.sum(dim=1).to(weight.device) - 1
+        rows = torch.arange(len(self._prompts), device=weight.device)
+        return self._advance(ids, mask, (rows, logits_at))[:, 0]
+
+    def _advance(
+        self, ids: Tensor, mask: Tensor, positions: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        device = self.network.device
+        hidden, self._cache = self.network.decoder(
+            ids.to(device), mask.to(device), memory=self._memory, cache=self._cache
+        )
+        if positions is not None:
+            hidden = hidden[positions][:, None]
+        return self.network.decoder.logits(hidden)
+
+    @torch.no_grad()
+    def _choose(self, logits: Tensor) -> list[int]:
+        uniforms = None
+        if self.settings.temperature > 0:
+            uniforms = [
+                uniform_draw(seed, index)
+                for seed, index in zip(self._start.seeds, self._draws, strict=True)
+            ]
+        previous = None
+        if self.settings.repetition_penalty != 1.0:
+            previous = padded(self._answers, -1)[0].to(logits.device)
+        return sample(logits, self.settings, uniforms, previous).tolist()
+
+
+_PAUSED: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+_PAUSED_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a block, then put every submodule's mode back.
+
+    Safe when threads compute with one model at the same time: the first to enter switches, the
+    last to leave puts back.
+    """
+    with _PAUSED_LOCK:
+        users, paused = _PAUSED.get(module, (0, []))
+        if users == 0:
+            paused = [part for part in module.modules() if part.training]
+            for part in paused:
+                part.training = False
+        _PAUSED[module] = (users + 1, paused)
+    try:
+        yield
+    finally:
+        with _PAUSED_LOCK:
+            users, paused = _PAUSED.pop(module)
+            if users > 1:
+                _PAUSED[module] = (users - 1, paused)
+            else:
+                for part in paused:
+                    part.training = True
+
+
+def padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
+    """Return right-padded ids, int64 ``[B, T]``, and the bool mask of the real ones.
+
+    T is the longest row's length, at least one.
+    """
+    longest = max(1, max(len(row) for row in rows))
+    ids = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.view(len(rows), longest), torch.arange(longest) < lengths[:, None]
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
+    """Raise ``UserError`` if ``what`` holds ids outside ``0 .. vocab_size - 1``."""
+    outside = [token for token in ids if not 0 <= token < vocab_size]
+    if outside:
+        raise UserError(
+            f"{what} holds token id {outside[0]}, outside the model's vocabulary of {vocab_size} "
+            "tokens: it was made with another tokenizer."
+        )
+
+
+def turn_limit(network: RxTNetwork, max_seq_len: int | None = None) -> int:
+    """Return how many tokens a turn may have, ``max_seq_len`` or what the model allows.
+
+    Raises:
+        UserError: if ``max_seq_len`` is not positive.
+    """
+    config = network.config
+    limit = min(config.decoder.seq_len, config.encoder.seq_len, config.memory_attention.seq_len)
+    if max_seq_len is None:
+        return limit
+    if max_seq_len < 1:
+        raise UserError(f"max_seq_len={max_seq_len} must be positive: use up to {limit}.")
+    return min(limit, max_seq_len)
+
+
+def _with_answer_token(prompt: Sequence[int], answer_id: int) -> list[int]:
+    ids = list(prompt)
+    return ids if ids and ids[-1] == answer_id else [*ids, answer_id]
+
+
+def _answer_room(network: RxTNetwork, prompt: list[int], limits: AnswerLimits) -> int:
+    """Return how many tokens may stand between [A] and [EOS]; at least one."""
+    if len(prompt) < 2:
+        raise UserError("a prompt is empty: give the ids of a query, '[BOS] [Q] query'.")
+    check_ids(prompt, network.config.decoder.vocab_size, "a prompt")
+    limit = turn_limit(network, limits.max_seq_len)
+    room = limit - len(prompt) - 1
+    if room < 1:
+        name = "max_seq_len" if limit == limits.max_seq_len else "the model's seq_len"
+        raise UserError(
+            f"the query has {len(prompt) - 1} tokens; with [A], one answer token and [EOS] the "
+            f"turn needs {len(prompt) + 2}, but {name} is {limit}: shorten the query"
+            + (" or raise max_seq_len." if name == "max_seq_len" else ".")
+        )
+    if limits.max_new_tokens is None:
+        return room
+    if limits.max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={limits.max_new_tokens} must be positive.")
+    return min(room, limits.max_new_tokens)

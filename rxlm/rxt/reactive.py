@@ -1,0 +1,295 @@
+"""A Reactive Transformer that speaks: its networks, its tokenizer, and conversations as values.
+
+Every method takes what it needs and returns what came of it; nothing is remembered between calls.
+The convenience of one held conversation is in :mod:`rxlm.rxt.models`.
+
+Shapes: L layers, B conversations, T tokens, S slots, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rxlm.errors import UserError
+from rxlm.ops.sampling import SamplingSettings
+from rxlm.rxt.config import RxTConfig, TokenizerConfig
+from rxlm.rxt.conversation import ConversationState
+from rxlm.rxt.fingerprint import ModelFingerprint, weights_fingerprint
+from rxlm.rxt.generation import (
+    Answer,
+    AnswerLimits,
+    AnswerStream,
+    check_ids,
+    evaluation_mode,
+    padded,
+    turn_limit,
+)
+from rxlm.rxt.model import RxTNetwork
+from rxlm.tokenization import Tokenizer, encode_query, encode_system
+
+ModelType = TypeVar("ModelType", bound="ReactiveModel")
+
+Prompt = str | Sequence[int]
+"""A query as text, or as the ids ``[BOS] [Q] query`` ([A] is added if missing)."""
+
+
+class Generated(NamedTuple):
+    """What :meth:`ReactiveModel.generate` returns: an answer a row, and the state after them."""
+
+    answers: list[Answer]
+    state: ConversationState
+
+
+class ReactiveModel(RxTNetwork):
+    """Networks and tokenizer, with the operations that a conversation consists of."""
+
+    def __init__(
+        self, config: RxTConfig | dict[str, Any], tokenizer: Tokenizer | None = None
+    ) -> None:
+        """Build a model with fresh weights.
+
+        Raises:
+            UserError: if the configuration is invalid, needs what is not built, or does not fit
+                the tokenizer.
+        """
+        super().__init__(config)
+        self.tokenizer: Tokenizer | None = None
+        if tokenizer is not None:
+            self.set_tokenizer(tokenizer)
+
+    @classmethod
+    def from_config(
+        cls: type[ModelType],
+        config: RxTConfig | dict[str, Any],
+        tokenizer: Tokenizer | None = None,
+    ) -> ModelType:
+        """Return a model with fresh weights; see the constructor."""
+        model = cls.__new__(cls)
+        ReactiveModel.__init__(model, config, tokenizer)
+        return model
+
+    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Attach a tokenizer.
+
+        Raises:
+            UserError: if its vocabulary or its special ids are not those of the model.
+        """
+        check_tokenizer(tokenizer, self.config)
+        self.tokenizer = tokenizer
+
+    def require_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer; raise ``UserError`` if there is none."""
+        if self.tokenizer is None:
+            raise UserError(
+                "this model has no tokenizer: pass tokenizer=... when it is built, or call "
+                "set_tokenizer()."
+            )
+        return self.tokenizer
+
+    def fingerprint(self) -> ModelFingerprint:
+        """Return what a memory of this model is bound to."""
+        return ModelFingerprint(
+            self.config.architecture_fingerprint(),
+            "" if self.tokenizer is None else self.tokenizer.fingerprint,
+            weights_fingerprint(self),
+        )
+
+    @property
+    def memory_shape(self) -> tuple[int, int, int]:
+        """(L, S, D) of this model's memory ``[L, B, S, D]``."""
+        memory = self.config.memory_attention
+        return memory.num_layers, memory.stm_size, memory.embed_dim
+
+    def new_conversation(
+        self, batch_size: int = 1, seed: int = 0, system: str | None = None
+    ) -> ConversationState:
+        """Return conversations before their first turn.
+
+        Args:
+            batch_size: B.
+            seed: row b starts and draws as a single conversation with ``seed + b`` does.
+            system: a system prompt, written into the memory of every row.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be positive.")
+        with torch.no_grad():
+            slots = self.initial_memory(batch_size, seed=seed).detach()
+        state = ConversationState.start(slots, seed)
+        if system is None:
+            return state
+        ids = encode_system(self.require_tokenizer(), system)
+        written = self.update_memory(state, [ids] * batch_size)
+        return written.replaced(num_turns=state.num_turns)
+
+    def stream(
+        self,
+        state: ConversationState,
+        prompts: Sequence[Prompt],
+        settings: SamplingSettings | None = None,
+        *,
+        max_seq_len: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> AnswerStream:
+        """Return the answers to ``prompts`` as they are written, one token a row and step.
+
+        Args:
+            state: one conversation a prompt; left unchanged.
+            prompts: one query a row.
+            settings: how tokens are chosen; None: temperature 1.
+            max_seq_len: tokens of the whole turn; None or more: the model's ``seq_len``.
+            max_new_tokens: tokens of the answer without [EOS]; None: as many as fit.
+
+        Raises:
+            UserError: if a query leaves no room for an answer; nothing is computed then.
+        """
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        limits = AnswerLimits(max_seq_len, max_new_tokens)
+        return AnswerStream(self, state, ids, settings or SamplingSettings(), limits)
+
+    def generate(
+        self,
+        state: ConversationState,
+        prompts: Sequence[Prompt],
+        settings: SamplingSettings | None = None,
+        *,
+        max_seq_len: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Generated:
+        """Answer ``prompts``; arguments and errors are those of :meth:`stream`.
+
+        Returns:
+            the answers, and the state with the draws made. Its memory does not hold the turn yet:
+            ``update_memory(state, [answer.turn for answer in answers])`` writes it.
+        """
+        stream = self.stream(
+            state,
+            prompts,
+            settings,
+            max_seq_len=max_seq_len,
+            max_new_tokens=max_new_tokens,
+        )
+        for _ in stream:
+            pass
+        return Generated(stream.answers(), stream.state)
+
+    @torch.no_grad()
+    def update_memory(
+        self, state: ConversationState, turns: Sequence[Sequence[int]]
+    ) -> ConversationState:
+        """Write finished turns into memory.
+
+        Args:
+            state: the conversations; left unchanged.
+            turns: the ids of one whole turn a row, ``[BOS] ... [EOS]``; an empty turn leaves its
+                row as it is.
+
+        Raises:
+            UserError: if the counts differ, or a turn is too long or not of this vocabulary.
+        """
+        if len(turns) != state.batch_size:
+            raise UserError(
+                f"{len(turns)} turns for {state.batch_size} conversations: give one each."
+            )
+        limit = turn_limit(self)
+        for turn in turns:
+            check_ids(turn, self.config.decoder.vocab_size, "a turn")
+            if len(turn) > limit:
+                raise UserError(
+                    f"a turn has {len(turn)} tokens but the model's seq_len is {limit}: shorten it."
+                )
+        if not any(turns):
+            return state
+        ids, mask = padded(turns, self.config.tokenizer.pad_token_id)
+        weight = self.encoder.embedding.weight
+        slots = state.slots.to(device=weight.device, dtype=weight.dtype)
+        with evaluation_mode(self):
+            written = self.write_memory(slots, ids.to(weight.device), mask.to(weight.device))
+        counts = zip(state.num_turns, turns, strict=True)
+        return state.replaced(
+            slots=written, num_turns=tuple(count + bool(turn) for count, turn in counts)
+        )
+
+    def load_pretrained_weights(
+        self,
+        decoder: nn.Module | dict[str, Tensor] | None = None,
+        encoder: nn.Module | dict[str, Tensor] | None = None,
+        memory_attention: nn.Module | dict[str, Tensor] | None = None,
+    ) -> None:
+        """Copy the weights of whole components, given as modules or state dicts.
+
+        Raises:
+            UserError: if weights are missing, unknown or of another shape, or decoder and encoder
+                bring different token embeddings (they share one here). Nothing is copied then.
+        """
+        given = {"decoder": decoder, "encoder": encoder, "memory_attention": memory_attention}
+        states = {
+            name: part.state_dict() if isinstance(part, nn.Module) else dict(part)
+            for name, part in given.items()
+            if part is not None
+        }
+        problems = []
+        for name, weights in states.items():
+            problems += weight_problems(getattr(self, name).state_dict(), weights, f"{name}.")
+        embeddings = [
+            states[name].get("embedding.weight") for name in ("decoder", "encoder") if name in states
+        ]
+        if not problems and len(embeddings) == 2 and not torch.equal(*embeddings):
+            problems.append(
+                "decoder.embedding.weight and encoder.embedding.weight differ, but the two share "
+                "one token embedding: leave one out of its component's weights or make them equal"
+            )
+        if problems:
+            raise UserError("these weights do not fit:\n" + "\n".join(problems))
+        for name, weights in states.items():
+            getattr(self, name).load_state_dict(weights)
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return encode_query(self.require_tokenizer(), prompt)
+        return [int(token) for token in prompt]
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: RxTConfig) -> None:
+    """Raise ``UserError`` unless ``tokenizer`` yields exactly the ids that the model knows."""
+    if tokenizer.vocab_size != config.decoder.vocab_size:
+        raise UserError(
+            f"the tokenizer has vocab_size={tokenizer.vocab_size} but the model has "
+            f"vocab_size={config.decoder.vocab_size}: use the tokenizer that the model was "
+            f"trained with, or build the model with vocab_size={tokenizer.vocab_size}."
+        )
+    wrong = [
+        f"{field}={token_id} (tokenizer: {theirs})"
+        for field, token_id in config.tokenizer.ids().items()
+        if (theirs := getattr(tokenizer, field.replace("_token_id", "_id"))) != token_id
+    ]
+    if wrong:
+        raise UserError(
+            "the tokenizer's special ids are not those of the model's tokenizer_config: "
+            + ", ".join(wrong)
+        )
+
+
+def tokenizer_config_of(tokenizer: Tokenizer) -> TokenizerConfig:
+    """Return the special ids of ``tokenizer`` as a model's configuration."""
+    fields = TokenizerConfig.model_fields
+    return TokenizerConfig(
+        **{name: getattr(tokenizer, name.replace("_token_id", "_id")) for name in fields}
+    )
+
+
+def weight_problems(
+    expected: dict[str, Tensor], given: dict[str, Tensor], prefix: str = ""
+) -> list[str]:
+    """Return one sentence per weight that is missing, unknown, or of another shape."""
+    problems = [f"{prefix}{name}: missing" for name in expected if name not in given]
+    problems += [f"{prefix}{name}: unknown to this model" for name in given if name not in expected]
+    problems += [
+        f"{prefix}{name}: shape {list(tensor.shape)}, this model's is {list(expected[name].shape)}"
+        for name, tensor in given.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    return problems

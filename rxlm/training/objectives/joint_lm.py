@@ -1,0 +1,259 @@
+"""Stage 2, joint LM: the encoder restores hidden tokens, the decoder predicts what it reads.
+
+Encoder and decoder learn a common vector space before there is a memory (RxT, arXiv 2510.03561,
+section 4.1). The decoder is conditioned on the encoder's states of the row's own masked text, as
+if they were memory slots: detached, so that only the masked LM loss teaches the encoder, and
+noised, so that the decoder does not trust every detail of them.
+
+**The decoder sees most of its answer, by design**: with ``context='same'`` the encoder read all
+but the hidden 15 % of the very text that the decoder predicts, so the decoder's loss and accuracy
+of this stage say little about language modelling. ``context='previous'`` shows it the earlier rows
+of the window instead (turns of the dialogue, pieces of the document), which cannot leak.
+
+Shapes: L layers, B windows, N rows of the longest window, R rows of a bucket, T tokens, D width,
+M target tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rxlm.configuration import Config
+from rxlm.data.conversation_source import ConversationSource
+from rxlm.rxt.dialogues import DialogueBatch, TurnEncoder
+from rxlm.rxt.reactive import ReactiveModel
+from rxlm.rxt.unroll import Answers, EncodedTurns, answer_rows, answer_with_history, encode_turns
+from rxlm.tokenization.template import EncodedTurn
+from rxlm.training.objective import StepOutput
+from rxlm.training.objectives.masked_lm import MaskReplacement, MLMHead, TokenMasker
+from rxlm.training.objectives.model_objective import ModelObjective
+from rxlm.training.objectives.row_windows import TextRows, batch_windows, conversation_rows
+from rxlm.training.rng import derive_generator, derive_seed
+
+
+class JointLMSettings(Config):
+    """Settings of joint LM training."""
+
+    turns: int = Field(default=4, gt=0)
+    """Rows of a window (at most): turns of a dialogue, or pieces of a document."""
+    dialogues: int = Field(default=16, gt=0)
+    """Windows in a batch."""
+    context: Literal["same", "previous"] = "same"
+    """What the decoder reads: the encoder's states of the same row (masked; leaks by design), or
+    of all earlier rows of the window."""
+    noise_level: float = Field(default=0.2, ge=0)
+    """Standard deviation of the noise on what the decoder reads, relative to each state's rms."""
+    drop_probability: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of hiding a whole position of what the decoder reads."""
+    mask_probability: float = Field(default=0.15, gt=0, lt=1)
+    """Probability of hiding a token from the encoder; special tokens are never hidden."""
+    mask_replacement: MaskReplacement = "mask"
+    """What the encoder sees in place of hidden tokens: always [MASK], or BERT's 80/10/10 rule."""
+    encoder_loss_scale: float = Field(default=1.0, ge=0)
+    """Weight of the encoder's masked LM loss."""
+    decoder_loss_scale: float = Field(default=1.0, ge=0)
+    """Weight of the decoder's LM loss."""
+    num_buckets: int = Field(default=3, gt=0)
+    """Length buckets of a batch: less padding, same result."""
+    validation_dialogues: int = Field(default=64, gt=0)
+    """Windows of a validation."""
+
+
+class JointBatch(NamedTuple):
+    """One batch.
+
+    ``dialogues.encode`` holds what the encoder sees, with the hidden tokens as targets;
+    ``labels`` the true ids of each of its buckets, ``[R, T]``; ``dialogues.answer`` what the
+    decoder predicts; ``noise_seed`` seeds noise and drops.
+    """
+
+    dialogues: DialogueBatch
+    labels: tuple[Tensor, ...]
+    noise_seed: int
+
+
+class Score(NamedTuple):
+    """Sums over target tokens: cross-entropy, right predictions, and how many there are."""
+
+    loss: Tensor
+    correct: Tensor
+    num_targets: int
+
+
+class JointLMObjective(ModelObjective):
+    """Masked LM of the encoder plus LM of the decoder conditioned on the encoder's states.
+
+    The decoder predicts every token of a row after the first, the last ([EOS]) included; padding
+    is never a target. With accumulation, micro-batches weigh as their targets of both kinds.
+    """
+
+    name = "joint_lm"
+    answers_only = False
+    """Whether the decoder predicts only the answers of turns, and not the whole rows."""
+
+    def __init__(
+        self,
+        model: ReactiveModel,
+        train: ConversationSource | TextRows,
+        valid: ConversationSource | TextRows,
+        turns: TurnEncoder,
+        settings: JointLMSettings,
+        *,
+        seed: int,
+        accumulation: int = 1,
+    ) -> None:
+        config = model.config.encoder
+        generator = derive_generator(seed, "mlm_head")
+        super().__init__(
+            model,
+            turns.tokenizer,
+            trains=("encoder", "decoder"),
+            extra_modules={"mlm_head": MLMHead(config.embed_dim, config.vocab_size, generator)},
+        )
+        self.train_source, self.valid_source = train, valid
+        self.turns = turns
+        self.settings = settings
+        self.seed, self.accumulation = seed, accumulation
+        self._masker = TokenMasker(
+            turns.tokenizer, settings.mask_probability, settings.mask_replacement
+        )
+
+    def batch(self, step: int, micro_step: int) -> JointBatch:
+        """Return the batch of a step: a pure function of seed, step and micro-step."""
+        first = (step * self.accumulation + micro_step) * self.settings.dialogues
+        positions = range(first, first + self.settings.dialogues)
+        return self._batch(self.train_source, positions, derive_seed(self.seed, step, micro_step))
+
+    def _batch(
+        self, source: ConversationSource | TextRows, positions: range, seed: int
+    ) -> JointBatch:
+        windows = [self._window(source, position) for position in positions]
+        batch = batch_windows(
+            windows,
+            answers=True,
+            num_buckets=self.settings.num_buckets,
+            pad_id=self.tokenizer.pad_id,
+        )
+        return self._masked(batch, seed)
+
+    def _window(self, source: ConversationSource | TextRows, position: int) -> list[EncodedTurn]:
+        """Return the rows at ``position``; what precedes ``answer_start`` is not predicted."""
+        if isinstance(source, TextRows):
+            return source.sample(position, self.settings.turns)
+        rows = conversation_rows(self.turns, source.sample(position, self.settings.turns))
+        return rows if self.answers_only else [EncodedTurn(row.ids, 0) for row in rows]
+
+    def _masked(self, batch: DialogueBatch, seed: int) -> JointBatch:
+        """Hide tokens from the encoder; which ones does not depend on the buckets."""
+        longest = max(rows.ids.shape[1] for rows in batch.encode)
+        shape = (batch.num_turns * batch.num_dialogues, longest, 3)
+        draws = torch.rand(shape, generator=derive_generator(seed, "mask"))
+        seen = []
+        for rows in batch.encode:
+            ids, hidden = self._masker(rows.ids, draws[rows.index, : rows.ids.shape[1]])
+            seen.append(rows._replace(ids=ids, targets=hidden))
+        labels = tuple(rows.ids for rows in batch.encode)
+        return JointBatch(batch._replace(encode=tuple(seen)), labels, derive_seed(seed, "noise"))
+
+    def loss(self, batch: JointBatch, step: int) -> StepOutput:
+        """Return the weighted sum of the two mean cross-entropies."""
+        mlm, lm = self._scores(batch)
+        num_targets = mlm.num_targets + lm.num_targets
+        total = self._total(mlm, lm)
+        return StepOutput(total, num_targets, _metrics(mlm, lm), batch.dialogues.num_tokens)
+
+    def _total(self, mlm: Score, lm: Score) -> Tensor:
+        encoder_loss = mlm.loss / max(1, mlm.num_targets)
+        decoder_loss = lm.loss / max(1, lm.num_targets)
+        settings = self.settings
+        return (
+            settings.encoder_loss_scale * encoder_loss + settings.decoder_loss_scale * decoder_loss
+        )
+
+    def _scores(self, batch: JointBatch) -> tuple[Score, Score]:
+        """Return the scores of the encoder's and the decoder's predictions."""
+        encoded = encode_turns(self.model.encoder, batch.dialogues)
+        context = self._noised(encoded, batch.noise_seed)
+        return self._score_hidden(batch, encoded), _score_answers(self._answers(batch, context))
+
+    def _score_hidden(self, batch: JointBatch, encoded: EncodedTurns) -> Score:
+        hidden, labels = [], []
+        for rows, true_ids in zip(batch.dialogues.encode, batch.labels, strict=True):
+            row, position = rows.targets.nonzero(as_tuple=True)
+            hidden.append(encoded.states[-1, rows.index[row], position])
+            labels.append(true_ids[row, position])
+        head = self.extra_modules["mlm_head"]
+        return _score(
+            head(torch.cat(hidden), self.model.encoder.embedding.weight), torch.cat(labels)
+        )
+
+    def _answers(self, batch: JointBatch, context: EncodedTurns) -> list[Answers]:
+        decoder = self.model.decoder
+        if self.settings.context == "previous":
+            return answer_with_history(decoder, batch.dialogues, context)
+        answers = []
+        for rows in batch.dialogues.answer:
+            length = rows.ids.shape[1]
+            slots = context.states[:, rows.index, :length]
+            answers.append(answer_rows(decoder, rows, slots, context.mask[rows.index, :length]))
+        return answers
+
+    def _noised(self, encoded: EncodedTurns, seed: int) -> EncodedTurns:
+        """Return what the decoder may read of the encoder's states; no gradient goes back."""
+        states, mask = encoded.states.detach(), encoded.mask
+        generator = torch.Generator(device=states.device).manual_seed(seed)
+        if self.settings.drop_probability:
+            draws = torch.rand(mask.shape, generator=generator, device=mask.device)
+            mask = mask & (draws >= self.settings.drop_probability)
+        if self.settings.noise_level:
+            noise = torch.randn(states.shape, generator=generator, device=states.device)
+            rms = states.float().square().mean(dim=-1, keepdim=True).sqrt()
+            states = (states + self.settings.noise_level * rms * noise).to(states.dtype)
+        return EncodedTurns(states, mask)
+
+    def validate(self) -> dict[str, float]:
+        """Measure held-out windows, masked and noised as in training, always in the same way."""
+        total = self.settings.validation_dialogues
+        mlm, lm = [], []
+        for first in range(0, total, self.settings.dialogues):
+            positions = range(first, min(first + self.settings.dialogues, total))
+            batch = self._batch(self.valid_source, positions, derive_seed(0, "valid", first))
+            scores = self._scores(self.to_device(batch))
+            mlm.append(scores[0])
+            lm.append(scores[1])
+        all_mlm, all_lm = _summed(mlm), _summed(lm)
+        metrics = {name: float(value) for name, value in _metrics(all_mlm, all_lm).items()}
+        measured = {name: value for name, value in metrics.items() if not math.isnan(value)}
+        return {"loss": float(self._total(all_mlm, all_lm)), **measured}
+
+
+def _score(logits: Tensor, labels: Tensor) -> Score:
+    loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    return Score(loss, (logits.argmax(dim=-1) == labels).sum(), labels.numel())
+
+
+def _score_answers(answers: list[Answers]) -> Score:
+    return _summed([_score(item.logits, item.labels) for item in answers])
+
+
+def _summed(scores: list[Score]) -> Score:
+    zero = torch.zeros(())
+    return Score(
+        loss=sum((item.loss for item in scores), zero),
+        correct=sum((item.correct for item in scores), zero),
+        num_targets=sum(item.num_targets for item in scores),
+    )
+
+
+def _metrics(mlm: Score, lm: Score) -> dict[str, Tensor | float]:
+    metrics: dict[str, Tensor | float] = {}
+    for name, score in (("mlm", mlm), ("lm", lm)):
+        # Without a target 0 / 0 is NaN, which means: not measured.
+        metrics[f"{name}_loss"] = score.loss.detach() / score.num_targets
+        metrics[f"{name}_accuracy"] = score.correct / score.num_targets
+    return metrics
