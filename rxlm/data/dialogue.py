@@ -30,6 +30,7 @@ ItemType = TypeVar("ItemType")
 PREFIX_SHARE = 0.25
 ECHO_SHARE = 0.5
 FIXED_CHAT_SHARE = 0.5
+ALL_VALUES = tuple(value for values in POOLS.values() for value in values)
 
 
 def seeded(*parts: object) -> random.Random:
@@ -72,14 +73,24 @@ class Dialogue:
     Args:
         rng: where all choices come from.
         values: per kind, the values that facts may take (training pairs).
+        any_value: share of the facts whose value is taken from the pools of all kinds.
+        held_out: per kind, the values that facts never take.
     """
 
-    def __init__(self, rng: random.Random, values: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        values: Mapping[str, tuple[str, ...]],
+        any_value: float = 0.0,
+        held_out: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
         self.rng = rng
+        self._any_value = any_value
+        self._held_out = held_out or {}
         self.turns: list[Interaction] = []
         self.told: dict[str, ToldFact] = {}
         self._values = values
-        self._used: dict[str, set[str]] = {pool: set() for pool in POOLS}
+        self._used: set[str] = set()
 
     def replay(self, interactions: Sequence[Interaction]) -> None:
         """Take ``interactions`` as the turns so far (an extension of the present ones)."""
@@ -94,12 +105,28 @@ class Dialogue:
         return tuple(kind for kind in FACT_KINDS if kind.name not in self.told)
 
     def free_values(self, kind: FactKind) -> list[str]:
-        """Return values that no fact of the same pool has or had in this dialogue.
+        """Return values of ``kind`` that no fact has or had in this dialogue.
 
         So a wrong binding (the sister's name for the friend's) never looks right by accident.
         """
-        used = self._used[kind.pool]
-        return [value for value in self._values[kind.name] if value not in used]
+        return [value for value in self._values[kind.name] if value not in self._used]
+
+    def random_value(self, kind: FactKind, taken: Sequence[str] = ()) -> str | None:
+        """Return a free value that is not ``taken``: of the kind's pool, or sometimes of any.
+
+        A value of another pool ("my favourite colour is Oslo") does not betray the kind it was
+        told for: only the binding in memory does. ``None`` when every value was used up.
+        """
+        if self.rng.random() < self._any_value:
+            never = self._held_out.get(kind.name, ())
+            # Few of several hundred are excluded: drawing again is faster than listing the rest
+            # (and in a dialogue so long that it fails, the kind's own pool will do).
+            for _ in range(20):
+                value = pick(self.rng, ALL_VALUES)
+                if value not in self._used and value not in taken and value not in never:
+                    return value
+        free = [value for value in self.free_values(kind) if value not in taken]
+        return pick(self.rng, free) if free else None
 
     def add(self, interaction: Interaction) -> None:
         """Append a turn."""
@@ -135,10 +162,9 @@ class Dialogue:
         kinds = shuffled(self.rng, self.untold())[:count]
         chosen: list[tuple[FactKind, str]] = []
         for kind in kinds:
-            taken = [value for other, value in chosen if other.pool == kind.pool]
-            free = [value for value in self.free_values(kind) if value not in taken]
-            if free:
-                chosen.append((kind, pick(self.rng, free)))
+            value = self.random_value(kind, [value for _, value in chosen])
+            if value is not None:
+                chosen.append((kind, value))
         if len(chosen) == 2:
             self.tell_two(*chosen[0], *chosen[1])
         elif chosen:
@@ -161,9 +187,9 @@ class Dialogue:
     def update_random(self) -> None:
         """Add a turn that changes one of the facts (small talk if every value was used up)."""
         kind = KINDS_BY_NAME[pick(self.rng, tuple(self.told))]
-        free = self.free_values(kind)
-        if free:
-            self.update(kind, pick(self.rng, free))
+        value = self.random_value(kind)
+        if value is not None:
+            self.update(kind, value)
         else:
             self.chat()
 
@@ -220,4 +246,4 @@ class Dialogue:
             before = self.told.get(name)
             stale = (*before.stale, before.value) if before else ()
             self.told[name] = ToldFact(value, turn, stale)
-            self._used[KINDS_BY_NAME[name].pool].add(value)
+            self._used.add(value)

@@ -41,6 +41,11 @@ class GeneratorConfig(Config):
     """Share of turns that ask for a fact never told."""
     question: float = Field(default=0.40, ge=0, le=1)
     """Share of turns that ask for a fact told earlier."""
+    any_value: float = Field(default=0.4, ge=0, lt=1)
+    """Share of the facts whose value is taken from the pools of all kinds, not of its own ("my
+    favourite colour is Oslo"). Such values do not betray what they were told for, so that the
+    binding itself has to be remembered; without them a model knows a city when it sees one, and
+    fails on pairs that it never met. Test dialogues (``probe``) use proper values only."""
     held_out_values: float = Field(default=0.1, ge=0, lt=1)
     """Share of the (kind, value) pairs that are never told outside ``unseen='pairs'`` probes."""
 
@@ -88,7 +93,7 @@ class DialogueGenerator:
         if num_turns < 1:
             raise UserError(f"num_turns={num_turns}: expected at least 1.")
         rng = seeded("conversation", self.config.seed, split, index, num_turns)
-        dialogue = Dialogue(rng, self._common)
+        dialogue = Dialogue(rng, self._common, self.config.any_value, self._held_out)
         for _ in range(num_turns):
             self._random_turn(dialogue)
         return Conversation(

@@ -1,14 +1,33 @@
-"""The controls: what a decoder is given to read in place of the conversation's memory.
+"""The controls: what a decoder is given to read in place of its conversation's memory.
 
-What a model still gets right under a control, it did not remember.
+What a model still gets right under a control, it did not remember. No torch at import.
 
-Shapes: L layers, B conversations, N turns, S slots, D width.
+Shapes: B conversations, S slots, D width.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Condition = Literal["memory", "zeroed", "reset", "swapped"]
+"""``memory``: that of the conversation; ``zeroed``: slots of zeros; ``reset``: the initial memory,
+as if the conversation had just begun; ``swapped``: the memory of the next conversation."""
 
-CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+
+def memory_to_read(condition: Condition, own: Tensor, other: Tensor, initial: Tensor) -> Tensor:
+    """Return what the decoder reads under ``condition``.
+
+    Args:
+        condition: which of the three, or zeros.
+        own: memories of B conversations, ``[..., B, S, D]``.
+        other: for each of them, the memory of another conversation at the same turn; as ``own``.
+        initial: their initial memories, broadcastable to ``own``.
+    """
+    if condition == "memory":
+        return own
+    if condition == "swapped":
+        return other
+    return own.new_zeros(own.shape) if condition == "zeroed" else initial.expand_as(own)

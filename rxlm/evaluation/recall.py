@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,22 +24,18 @@ from rxlm.evaluation.answering import (
     greedy_answers,
     memory_of_own_answers,
     memory_of_references,
-    under_condition,
 )
+from rxlm.evaluation.conditions import Condition, memory_to_read
 from rxlm.evaluation.recall_plan import (
     Cell,
-    Condition,
     RecallSettings,
     cell_dialogues,
     plan_cells,
 )
-from rxlm.evaluation.scoring import Score, score_answer
+from rxlm.evaluation.scoring import score_answer
 from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.generation import evaluation_mode, turn_limit
-from rxlm.tokenization.template import encode_query
-
-if TYPE_CHECKING:
-    from rxlm.rxt.models import RxTAlpha
+from rxlm.rxt.reactive import ReactiveModel
 
 Progress = Callable[[int, int, str], None]
 """Called with (units done, units in all, what is next or was last)."""
@@ -97,7 +93,7 @@ class RecallResult:
 
 
 def evaluate_recall(
-    model: RxTAlpha, settings: RecallSettings | None = None, progress: Progress | None = None
+    model: ReactiveModel, settings: RecallSettings | None = None, progress: Progress | None = None
 ) -> RecallResult:
     """Run the recall test.
 
@@ -111,7 +107,7 @@ def evaluate_recall(
     """
     settings = settings or RecallSettings()
     generator = DialogueGenerator(settings.generator)
-    turns = TurnEncoder(model.tokenizer, turn_limit(model))
+    turns = TurnEncoder(model.require_tokenizer(), turn_limit(model))
     rows: list[RecallRow] = []
     mistakes: list[Mistake] = []
     begin = time.perf_counter()
@@ -124,57 +120,59 @@ def evaluate_recall(
             answers = answer_cell(model, turns, dialogues, cell, settings)
             for condition, texts in answers.items():
                 rows.append(_row(cell, seed, condition, dialogues, texts, generator))
-            mistakes += _mistakes(cell, dialogues, answers)[: settings.max_mistakes - len(mistakes)]
+            mistakes += _mistakes(cell, dialogues, answers)[: settings.mistakes_per_cell]
     if progress is not None:
         progress(len(work), len(work), "done")
     return RecallResult(settings, rows, mistakes, time.perf_counter() - begin)
 
 
 def answer_cell(
-    model: RxTAlpha,
+    model: ReactiveModel,
     turns: TurnEncoder,
     dialogues: Sequence[Conversation],
     cell: Cell,
     settings: RecallSettings,
 ) -> dict[Condition, list[str]]:
     """Return the answers to the last question of each dialogue, under each condition."""
+    size = settings.batch_size
+    starts = range(0, len(dialogues), size)
     memory = torch.cat(
         [
-            _memory(model, turns, dialogues[start : start + settings.batch_size], cell, settings)
-            for start in range(0, len(dialogues), settings.batch_size)
+            _memory(model, turns, dialogues[start : start + size], cell, settings, start)
+            for start in starts
         ],
         dim=1,
     )
-    read = [under_condition(model, memory, condition) for condition in cell.conditions]
-    tokenizer = model.tokenizer
-    prompts = [encode_query(tokenizer, item.interactions[-1].query) for item in dialogues]
+    initial = model.initial_memory(len(dialogues))
+    # The neighbour in the cell, not in the batch: the batch size must not change a result.
+    other = memory.roll(-1, dims=1)
+    read = [memory_to_read(condition, memory, other, initial) for condition in cell.conditions]
+    queries = [dialogue.interactions[-1].query for dialogue in dialogues]
     texts: dict[Condition, list[str]] = {condition: [] for condition in cell.conditions}
-    for start in range(0, len(dialogues), settings.batch_size):
-        part = slice(start, start + settings.batch_size)
+    for start in starts:
+        part = queries[start : start + size]
         # One batch for all conditions: the questions are the same, only what is read differs.
-        slots = torch.cat([slots[:, part] for slots in read], dim=1)
-        answers = greedy_answers(
-            model, slots, prompts[part] * len(read), settings.max_answer_tokens
-        )
-        count = len(prompts[part])
+        slots = torch.cat([slots[:, start : start + size] for slots in read], dim=1)
+        answers = greedy_answers(model, slots, part * len(read), settings.max_answer_tokens)
         for index, condition in enumerate(cell.conditions):
-            own = answers[index * count : (index + 1) * count]
-            texts[condition] += [tokenizer.decode(answer.ids) for answer in own]
+            own = answers[index * len(part) : (index + 1) * len(part)]
+            texts[condition] += [turns.tokenizer.decode(answer.ids) for answer in own]
     return texts
 
 
 def _memory(
-    model: RxTAlpha,
+    model: ReactiveModel,
     turns: TurnEncoder,
     dialogues: Sequence[Conversation],
     cell: Cell,
     settings: RecallSettings,
+    first: int,
 ) -> Tensor:
     """Return the memory ``[L, B, S, D]`` before the question."""
     earlier = [dialogue.interactions[:-1] for dialogue in dialogues]
     if cell.history == "own":
-        return memory_of_own_answers(model, turns, earlier, settings.max_answer_tokens)
-    return memory_of_references(model, turns, earlier)
+        return memory_of_own_answers(model, earlier, settings.max_answer_tokens, first)
+    return memory_of_references(model, turns, earlier, first)
 
 
 def _row(

@@ -5,23 +5,18 @@ A cell is one kind of question at one distance with one number of facts; ``recal
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, model_validator
 
 from rxlm.configuration import Config
 from rxlm.data.conversations import Conversation
 from rxlm.data.generator import DialogueGenerator, GeneratorConfig
+from rxlm.evaluation.conditions import Condition
 
 Test = Literal["recall", "update", "unknown"]
 Unseen = Literal["none", "pairs", "templates"]
 History = Literal["reference", "own"]
-Condition = Literal["memory", "zeroed", "reset", "swapped"]
-
-CONDITIONS: tuple[Condition, ...] = get_args(Condition)
-"""What the decoder reads: the memory of the conversation; zeros; the initial memory (a
-conversation just begun); the memory of another conversation."""
-
 SEED_STRIDE = 1_200_000
 """Dialogues of seed s are numbers ``s * SEED_STRIDE ...``. A multiple of the number of fact kinds,
 which take turns over the numbers, so every seed asks for the same kinds equally often."""
@@ -46,7 +41,7 @@ class RecallSettings(Config):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each is another set of test dialogues."""
     conditions: tuple[Condition, ...] = ("memory", "zeroed", "swapped")
-    """What the decoder reads when it answers."""
+    """What the decoder reads when it answers: see ``conditions``."""
     history: History = "reference"
     """What was written to memory as the answers before the question: the reference answers, or
     the model's ``own`` (a real conversation)."""
@@ -54,10 +49,10 @@ class RecallSettings(Config):
     """Also run the main test with the largest number of facts on the model's own answers."""
     batch_size: PositiveInt = 100
     """Dialogues computed at once; changes no result."""
-    max_answer_tokens: PositiveInt = 32
+    max_answer_tokens: PositiveInt = 24
     """Longer answers are cut."""
-    max_mistakes: int = Field(default=24, ge=0)
-    """How many wrong answers to keep for people to look at."""
+    mistakes_per_cell: int = Field(default=1, ge=0)
+    """How many wrong answers of a cell and seed to keep for people to look at."""
     generator: GeneratorConfig = GeneratorConfig()
     """The built-in dialogues; ``held_out_values`` must be that of the training."""
 
@@ -108,9 +103,7 @@ def plan_cells(settings: RecallSettings) -> list[Cell]:
         cells.append(Cell("unknown", "none", distance, min(most, 11), history, ("memory",)))
     if settings.free_running and history != "own":
         for distance in settings.distances:
-            cells.append(
-                Cell("recall", settings.unseen[0], distance, most, "own", ("memory",))
-            )
+            cells.append(Cell("recall", settings.unseen[0], distance, most, "own", ("memory",)))
     return cells
 
 

@@ -141,9 +141,7 @@ def all_passed(figures: Sequence[Figure], goals: Sequence[Goal] = GOALS) -> bool
 
 def pool(rows: Sequence[RecallRow], metric: Metric = "exact") -> Estimate:
     """Pool rows (at least one) of any cells and seeds."""
-    return estimate(
-        [(row["seed"], round(row[metric] * row["n"]), row["n"]) for row in rows]
-    )
+    return estimate([(row["seed"], round(row[metric] * row["n"]), row["n"]) for row in rows])
 
 
 def mean_chance(rows: Sequence[RecallRow]) -> float:

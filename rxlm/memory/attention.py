@@ -218,9 +218,7 @@ class MemoryAttention(nn.Module):
 
     def write(self, slots: Tensor, encoded: KeyValue, key_mask: Tensor | None = None) -> Tensor:
         """Write one projected turn into the slots; arguments as in :meth:`forward`."""
-        mask = visible_keys(
-            key_mask, 1, encoded.key.shape[1], causal=False, device=slots.device
-        )
+        mask = visible_keys(key_mask, 1, encoded.key.shape[1], causal=False, device=slots.device)
         mixed = self._mix(slots)
         query = self.slot_norm(mixed)
         if self.settings.slot_identity:
@@ -246,9 +244,7 @@ class MemoryAttention(nn.Module):
         return self.mix_gate(slots, update)
 
     def _group_mean(self, slots: Tensor) -> Tensor:
-        num_groups = (
-            self.settings.num_groups if self.settings.variant.startswith("grouped") else 1
-        )
+        num_groups = self.settings.num_groups if self.settings.variant.startswith("grouped") else 1
         grouped = slots.unflatten(0, (num_groups, -1))
         return grouped.mean(dim=1, keepdim=True).expand_as(grouped).flatten(0, 1)
 

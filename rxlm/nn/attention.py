@@ -5,6 +5,7 @@ Shapes: B batch, T queries, P keys, D width, H query heads, G key/value heads, K
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -51,7 +52,11 @@ class AttentionSettings:
     norm_eps: float = 1e-6
 
 
-_GATE_ACTIVATIONS = {"sigmoid": torch.sigmoid, "silu": nn.functional.silu, "tanh": torch.tanh}
+_GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+}
 
 
 class Attention(nn.Module):

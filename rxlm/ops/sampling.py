@@ -42,7 +42,9 @@ class SamplingSettings(Config):
     @classmethod
     def _positive_penalty(cls, value: float) -> float:
         if value <= 0:
-            raise ValueError(f"repetition_penalty={value} must be above 0: use 1.0 to switch it off")
+            raise ValueError(
+                f"repetition_penalty={value} must be above 0: use 1.0 to switch it off"
+            )
         return value
 
     @field_validator("temperature")
@@ -161,9 +163,7 @@ def penalize(scores: Tensor, previous_ids: Tensor | None, penalty: float) -> Ten
     if previous_ids is None or penalty == 1.0 or previous_ids.shape[1] == 0:
         return scores
     # One column more takes the -1 entries.
-    seen = torch.zeros(
-        scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device
-    )
+    seen = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
     columns = torch.where(previous_ids < 0, scores.shape[1], previous_ids)
     seen = seen.scatter(1, columns, True)[:, :-1]
     penalized = torch.where(scores > 0, scores / penalty, scores * penalty)

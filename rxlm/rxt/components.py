@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, P past and present tokens, L layers, S slots, D width
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,10 +107,14 @@ class RxTDecoder(_Component):
         config = RxTComponentConfig.parse(config)
         super().__init__(config, reads_memory=not config.skip_memory_cross_attention)
         self.head_norm = (
-            nn.RMSNorm(config.embed_dim, eps=config.norm_eps)
-            if config.head_norm_type == "rms_norm"
-            else nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
-        ) if config.use_head_norm else nn.Identity()
+            (
+                nn.RMSNorm(config.embed_dim, eps=config.norm_eps)
+                if config.head_norm_type == "rms_norm"
+                else nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+            )
+            if config.use_head_norm
+            else nn.Identity()
+        )
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
         if not config.tie_embeddings:
             self.head_weight = nn.Parameter(
@@ -128,7 +132,7 @@ class RxTDecoder(_Component):
         if self.config.skip_memory_cross_attention:
             return MemoryReading(())
         readings = tuple(
-            layer.read_slots(layer_slots)
+            cast(ReactiveLayer, layer).read_slots(layer_slots)
             for layer, layer_slots in zip(self.layers, slots, strict=True)
         )
         return MemoryReading(readings, None if slot_mask is None else slot_mask[:, None, None, :])
@@ -161,7 +165,9 @@ class RxTDecoder(_Component):
             past_mask, start = cache.key_mask, cache.lengths
         positions = (counts - 1).clamp(min=0) + start[:, None]
         all_keys = torch.cat((past_mask, key_mask), dim=1)
-        mask = visible_keys(all_keys, ids.shape[1], all_keys.shape[1], causal=True, device=ids.device)
+        mask = visible_keys(
+            all_keys, ids.shape[1], all_keys.shape[1], causal=True, device=ids.device
+        )
         phases = self._phases(positions)
         x = self._embed(ids)
         key_values = []
@@ -224,4 +230,3 @@ def build_memory_attention(config: MemoryAttentionConfig | dict[str, Any]) -> Me
             eps=config.norm_eps,
         )
     )
-

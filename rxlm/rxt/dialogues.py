@@ -23,7 +23,7 @@ from rxlm.tokenization.template import EncodedTurn, encode_interaction, encode_s
 class Rows(NamedTuple):
     """Right-padded rows of one bucket.
 
-    ``ids`` int64 ``[R, T]``; ``mask`` bool ``[R, T]``; ``index`` int64 ``[R]``: in the encoding
+    ``ids`` int64 ``[R, T]``; ``mask`` bool ``[R, T]``; ``place`` int64 ``[R]``: in the encoding
     buckets the flat turn ``n * B + b``, in the answering buckets the flat memory ``m * B + b``
     that the row reads (m turns have been written); ``targets`` bool ``[R, T]``: tokens to learn;
     ``group`` int64 ``[R]``: index into :data:`GROUPS`, what kind of turn the row is.
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
     ids: Tensor
     mask: Tensor
-    index: Tensor
+    place: Tensor
     targets: Tensor
     group: Tensor
 
@@ -51,10 +51,10 @@ class DialogueBatch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row before batching: see :class:`Rows` for ``index`` and ``group``."""
+    """One row before batching: see :class:`Rows` for ``place`` and ``group``."""
 
     turn: EncodedTurn
-    index: int
+    place: int
     group: int
 
 
@@ -81,7 +81,9 @@ def bucketed(rows: Sequence[Row], num_buckets: int, pad_id: int) -> tuple[Rows, 
         return ()
     ordered = sorted(rows, key=lambda row: len(row.turn.ids))
     size = -(-len(ordered) // num_buckets)
-    return tuple(_pad(ordered[start : start + size], pad_id) for start in range(0, len(ordered), size))
+    return tuple(
+        _pad(ordered[start : start + size], pad_id) for start in range(0, len(ordered), size)
+    )
 
 
 def _pad(rows: Sequence[Row], pad_id: int) -> Rows:
@@ -94,7 +96,7 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Rows:
     return Rows(
         ids=ids,
         mask=mask,
-        index=torch.tensor([row.index for row in rows]),
+        place=torch.tensor([row.place for row in rows]),
         targets=mask & (positions >= starts[:, None]),
         group=torch.tensor([row.group for row in rows]),
     )

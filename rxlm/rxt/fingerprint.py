@@ -68,4 +68,4 @@ def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
 def _raw_bytes(tensor: Tensor) -> memoryview:
     # Viewed as bytes first: NumPy has no bfloat16.
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rxlm.errors import UserError
 from rxlm.ops.sampling import SamplingSettings, sample, uniform_draw
-from rxlm.rxt.components import DecodeCache
+from rxlm.rxt.components import DecodeCache, MemoryReading
 from rxlm.rxt.conversation import ConversationState
 from rxlm.rxt.model import RxTNetwork
 
@@ -88,14 +88,14 @@ class AnswerStream:
         self.settings = settings
         ids = network.config.tokenizer
         self._eos_id, self._pad_id = ids.eos_token_id, ids.pad_token_id
-        self._prompts = [_with_answer_token(prompt, ids.answer_token_id) for prompt in prompts]
-        self._room = [_answer_room(network, prompt, limits) for prompt in self._prompts]
+        self._prompts = [with_answer_token(prompt, ids.answer_token_id) for prompt in prompts]
+        self._room = [answer_room(network, prompt, limits) for prompt in self._prompts]
         self._start = state
         self._draws = list(state.draws)
         self._answers: list[list[int]] = [[] for _ in prompts]
         self._reasons: list[StopReason | None] = [None for _ in prompts]
         self._pending: list[int | None] | None = None
-        self._memory = None
+        self._memory: MemoryReading | None = None
         self._cache: DecodeCache | None = None
 
     @property
@@ -113,13 +113,15 @@ class AnswerStream:
         """Number of tokens chosen so far, over all rows, [EOS] included."""
         return sum(self._draws) - sum(self._start.draws)
 
+    def stop(self) -> None:
+        """End every answer that has not ended; iteration then ends."""
+        self._reasons = [reason or "stopped" for reason in self._reasons]
+
     def answers(self) -> list[Answer]:
         """Return the answers as they are; those that have not ended count as 'stopped'."""
         return [
             Answer(list(ids), reason or "stopped", [*prompt, *ids, self._eos_id])
-            for prompt, ids, reason in zip(
-                self._prompts, self._answers, self._reasons, strict=True
-            )
+            for prompt, ids, reason in zip(self._prompts, self._answers, self._reasons, strict=True)
         ]
 
     def __iter__(self) -> Iterator[list[int | None]]:
@@ -260,13 +262,18 @@ def turn_limit(network: RxTNetwork, max_seq_len: int | None = None) -> int:
     return min(limit, max_seq_len)
 
 
-def _with_answer_token(prompt: Sequence[int], answer_id: int) -> list[int]:
+def with_answer_token(prompt: Sequence[int], answer_id: int) -> list[int]:
+    """Return ``prompt`` ending in [A]."""
     ids = list(prompt)
     return ids if ids and ids[-1] == answer_id else [*ids, answer_id]
 
 
-def _answer_room(network: RxTNetwork, prompt: list[int], limits: AnswerLimits) -> int:
-    """Return how many tokens may stand between [A] and [EOS]; at least one."""
+def answer_room(network: RxTNetwork, prompt: list[int], limits: AnswerLimits) -> int:
+    """Return how many tokens may stand between [A], which ends ``prompt``, and [EOS].
+
+    Raises:
+        UserError: if there is no room for any, or the prompt is empty or of another vocabulary.
+    """
     if len(prompt) < 2:
         raise UserError("a prompt is empty: give the ids of a query, '[BOS] [Q] query'.")
     check_ids(prompt, network.config.decoder.vocab_size, "a prompt")

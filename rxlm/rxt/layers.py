@@ -20,9 +20,7 @@ from rxlm.rxt.config import RxTComponentConfig
 class ReactiveLayer(nn.Module):
     """Self-attention, optional memory cross-attention, feed-forward; pre-norm residuals."""
 
-    def __init__(
-        self, config: RxTComponentConfig, layer: int, *, reads_memory: bool
-    ) -> None:
+    def __init__(self, config: RxTComponentConfig, layer: int, *, reads_memory: bool) -> None:
         super().__init__()
         self.norm_self = _norm(config)
         self.self_attention = Attention(_self_attention_settings(config, layer))

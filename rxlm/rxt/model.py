@@ -42,9 +42,7 @@ class RxTNetwork(nn.Module):
     def initial_memory(self, batch_size: int, *, seed: int = 0) -> Tensor:
         """Return the memory ``[L, B, S, D]`` that conversations start from."""
         dtype = self.encoder.embedding.weight.dtype
-        return self.memory_attention.initial(
-            batch_size, seed=seed, device=self.device, dtype=dtype
-        )
+        return self.memory_attention.initial(batch_size, seed=seed, device=self.device, dtype=dtype)
 
     def write_memory(self, slots: Tensor, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Encode a finished turn ``[B, T]`` and return the memory after it, ``[L, B, S, D]``."""

@@ -1,7 +1,8 @@
 """Finding the model that a path means, and reading its configuration. No torch.
 
-A path may be a model folder, a checkpoint, a run (its best checkpoint, else its newest) or a
-pipeline's folder (the last stage that has a model). Not here: weights (``saving``).
+A path may be a model folder, a checkpoint, a run or its ``checkpoints`` folder (the best
+checkpoint, else the newest) or a pipeline's folder (the last stage that has a model). Not here:
+weights (``saving``).
 """
 
 from __future__ import annotations
@@ -87,8 +88,10 @@ def _find_model(directory: Path) -> Path | None:
                 "checkpoint of the run, or the run's folder."
             )
         return directory
-    if (directory / CHECKPOINTS).is_dir():
-        return _best_checkpoint(directory / CHECKPOINTS)
+    for root in (directory / CHECKPOINTS, directory):
+        found = _best_checkpoint(root)
+        if found is not None:
+            return found
     stages = [
         (int(match[1]), item)
         for item in directory.iterdir()

@@ -68,9 +68,7 @@ class ReactiveModel(RxTNetwork):
         tokenizer: Tokenizer | None = None,
     ) -> ModelType:
         """Return a model with fresh weights; see the constructor."""
-        model = cls.__new__(cls)
-        ReactiveModel.__init__(model, config, tokenizer)
-        return model
+        return cls(config, tokenizer)
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Attach a tokenizer.
@@ -172,8 +170,10 @@ class ReactiveModel(RxTNetwork):
             max_seq_len=max_seq_len,
             max_new_tokens=max_new_tokens,
         )
-        for _ in stream:
-            pass
+        # Entered once here, so that the stream's own, one a token, has nothing to switch.
+        with evaluation_mode(self):
+            for _ in stream:
+                pass
         return Generated(stream.answers(), stream.state)
 
     @torch.no_grad()
@@ -234,10 +234,12 @@ class ReactiveModel(RxTNetwork):
         problems = []
         for name, weights in states.items():
             problems += weight_problems(getattr(self, name).state_dict(), weights, f"{name}.")
-        embeddings = [
-            states[name].get("embedding.weight") for name in ("decoder", "encoder") if name in states
+        shared = [
+            states[name]["embedding.weight"]
+            for name in ("decoder", "encoder")
+            if "embedding.weight" in states.get(name, {})
         ]
-        if not problems and len(embeddings) == 2 and not torch.equal(*embeddings):
+        if not problems and len(shared) == 2 and not torch.equal(shared[0], shared[1]):
             problems.append(
                 "decoder.embedding.weight and encoder.embedding.weight differ, but the two share "
                 "one token embedding: leave one out of its component's weights or make them equal"

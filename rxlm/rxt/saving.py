@@ -29,6 +29,7 @@ from rxlm.rxt.model_folder import (
     MODEL_FILES,
     WEIGHTS_FILE,
     read_model_config,
+    resolve_model_dir,
 )
 from rxlm.rxt.reactive import ReactiveModel, weight_problems
 from rxlm.rxt.state_files import json_bytes, read_tensors, write_bytes, write_tensors
@@ -37,6 +38,9 @@ from rxlm.tokenization import Tokenizer
 logger = logging.getLogger(__name__)
 
 ModelType = TypeVar("ModelType", bound=ReactiveModel)
+
+HUB_PREFIX = "hf://"
+"""Marks a model on the Hugging Face Hub, so that a mistyped path never becomes a download."""
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _MAX_LISTED = 12
@@ -121,6 +125,24 @@ def load_model(
     return model.to(device).eval()
 
 
+def load_weights(model: ReactiveModel, directory: str | Path) -> None:
+    """Copy the weights in ``directory`` into ``model``, in place, in the model's dtype and device.
+
+    Raises:
+        UserError: if the file is missing or damaged, or does not fit the model. Nothing is
+            copied then.
+    """
+    path = Path(directory, WEIGHTS_FILE)
+    weights = read_tensors(path)
+    expected = distinct_tensors(model)
+    problems = weight_problems(expected, weights)
+    if problems:
+        raise UserError(f"{path} does not hold this model's weights:\n" + _shortened(problems))
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(weights[name])
+
+
 def push_model(
     model: ReactiveModel,
     repo_id: str,
@@ -139,6 +161,13 @@ def push_model(
         return str(
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
         )
+
+
+def local_folder(path: str | Path) -> Path:
+    """Return the model folder that ``path`` means; ``hf://owner/name`` is downloaded."""
+    if str(path).startswith(HUB_PREFIX):
+        return download_model(str(path).removeprefix(HUB_PREFIX))
+    return resolve_model_dir(path)
 
 
 def download_model(repo_id: str) -> Path:

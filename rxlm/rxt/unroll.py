@@ -31,13 +31,13 @@ class EncodedTurns(NamedTuple):
 
 class Answers(NamedTuple):
     """Predictions at the target tokens of one bucket: ``logits`` ``[M, V]``, ``labels`` ``[M]``,
-    ``row`` ``[M]`` (row of the bucket) and the bucket's ``group`` ``[R]``, ``index`` ``[R]``."""
+    ``row`` ``[M]`` (row of the bucket) and the bucket's ``group`` ``[R]``, ``place`` ``[R]``."""
 
     logits: Tensor
     labels: Tensor
     row: Tensor
     group: Tensor
-    index: Tensor
+    place: Tensor
 
 
 def encode_turns(encoder: RxTEncoder, batch: DialogueBatch) -> EncodedTurns:
@@ -53,8 +53,8 @@ def encode_turns(encoder: RxTEncoder, batch: DialogueBatch) -> EncodedTurns:
             states = encoded.new_zeros(shape)
         length = rows.ids.shape[1]
         padded = torch.nn.functional.pad(encoded, (0, 0, 0, longest - length))
-        states = states.index_copy(1, rows.index, padded)
-        mask[rows.index, :length] = rows.mask
+        states = states.index_copy(1, rows.place, padded)
+        mask[rows.place, :length] = rows.mask
     assert states is not None
     return EncodedTurns(states, mask)
 
@@ -115,7 +115,7 @@ def answer_rows(
         labels=rows.ids[row, position + 1],
         row=row,
         group=rows.group,
-        index=rows.index,
+        place=rows.place,
     )
 
 
@@ -123,7 +123,7 @@ def answer_with_memory(
     decoder: RxTDecoder, batch: DialogueBatch, memories: Tensor
 ) -> list[Answers]:
     """Answer every row from the memory ``[L, (N + 1) * B, S, D]`` that it names."""
-    return [answer_rows(decoder, rows, memories[:, rows.index]) for rows in batch.answer]
+    return [answer_rows(decoder, rows, memories[:, rows.place]) for rows in batch.answer]
 
 
 def answer_with_history(
@@ -138,7 +138,7 @@ def answer_with_history(
     mask = encoded.mask.unflatten(0, (num_turns, batch_size))
     answers = []
     for rows in batch.answer:
-        turns, dialogue = rows.index // batch_size, rows.index % batch_size
+        turns, dialogue = rows.place // batch_size, rows.place % batch_size
         slots = states[:, :, dialogue].transpose(1, 2).flatten(2, 3)
         earlier = torch.arange(num_turns, device=turns.device) < turns[:, None]
         visible = mask[:, dialogue].transpose(0, 1) & earlier[..., None]

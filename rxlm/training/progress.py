@@ -12,6 +12,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +73,16 @@ class TerminalProgress:
         self._num_steps = num_steps
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
             TextColumn("{task.fields[left]} left"),
+            # Takes what is left of the line, so that a narrow terminal cuts here and nowhere else.
+            TextColumn(
+                "{task.fields[metrics]}",
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
             console=console,
+            expand=True,
             refresh_per_second=4,
         )
         self._task = self._progress.add_task(
@@ -92,9 +98,15 @@ class TerminalProgress:
         self._progress.update(self._task, completed=step, left=left)
 
     def report(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Show the latest line of each kind beside the bar."""
-        self._shown[kind] = format_metrics(values, limit=3)
-        text = "  ".join(f"{kind}: {shown}" for kind, shown in self._shown.items())
+        """Show the latest line of each kind beside the bar, the loss first."""
+        shown = {name: value for name, value in values.items() if name != "tokens_per_second"}
+        if kind == "train":
+            self._shown[kind] = format_metrics(shown, limit=1)
+            self._shown["rate"] = f"{values['tokens_per_second']:,.0f} tokens/s"
+        else:
+            self._shown[kind] = f"{kind}: {format_metrics(shown, limit=2)}"
+        order = sorted(self._shown, key=["train", "validation", "rate"].index)
+        text = " | ".join(self._shown[name] for name in order)
         self._progress.update(self._task, metrics=text)
 
     def close(self) -> None:
@@ -105,16 +117,14 @@ class TerminalProgress:
 class PlainProgress:
     """One log line per metrics line, for pipes and log files."""
 
-    def __init__(self, name: str, step: int, num_steps: int) -> None:
+    def __init__(self, name: str, num_steps: int) -> None:
         self._clock = StepClock()
         self._name = name
         self._num_steps = num_steps
-        self._step = step
 
     def advance(self, step: int) -> None:
         """Keep the time."""
         self._clock.tick()
-        self._step = step
 
     def report(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Log one line."""
@@ -145,7 +155,7 @@ def open_progress(name: str, step: int, num_steps: int, console: Console | None)
     console = console or Console(stderr=True)
     if console.is_terminal:
         return TerminalProgress(name, step, num_steps, console)
-    return PlainProgress(name, step, num_steps)
+    return PlainProgress(name, num_steps)
 
 
 def format_metrics(values: Mapping[str, float], limit: int | None = None) -> str:

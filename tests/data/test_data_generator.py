@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rxlm.data import Conversation, DialogueGenerator, GeneratorConfig, Interaction
+from rxlm.data.dialogue import ALL_VALUES
 from rxlm.data.fact_values import POOLS
 from rxlm.data.facts import DISTRACTORS, FACT_KINDS, KINDS_BY_NAME, SMALL_TALK
 from rxlm.errors import UserError
@@ -26,7 +27,7 @@ rows = [generator.conversation(index, 8).to_dict() for index in range(20)]
 rows += [generator.probe(index, distance=5, num_facts=4).to_dict() for index in range(20)]
 fingerprint = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 """
-FINGERPRINT = "f658abc9d943744186308abc428bf1254616fc780d22157ca385eb6bd9785652"
+FINGERPRINT = "b5378115e81b0df1adb2c7a9882b5d6635939b49786477e3b98e08f86f201e2f"
 
 
 def replay(conversation: Conversation) -> None:
@@ -36,7 +37,7 @@ def replay(conversation: Conversation) -> None:
         check_question(interaction, told, turn)
         assert bool(interaction.told) == (interaction.kind in ("fact", "update"))
         for kind, value in interaction.told:
-            assert value in KINDS_BY_NAME[kind].values
+            assert value in ALL_VALUES
             assert value in interaction.query
             assert (kind in told) == (interaction.kind == "update")
             stale: tuple[str, ...] = ()
@@ -84,6 +85,28 @@ def test_answers_follow_from_the_history(index: int, num_turns: int) -> None:
     assert len(conversation) == num_turns
     replay(conversation)
     assert Conversation.from_dict(json.loads(json.dumps(conversation.to_dict()))) == conversation
+
+
+@pytest.mark.parametrize(("any_value", "low", "high"), [(0.0, 0.0, 0.0), (0.5, 0.35, 0.55)])
+def test_share_of_values_of_other_kinds(any_value: float, low: float, high: float) -> None:
+    """Catches a share that has no effect, or values of other kinds where none are wanted."""
+    generator = DialogueGenerator(GeneratorConfig(any_value=any_value))
+    told = [
+        pair
+        for index in range(200)
+        for interaction in generator.conversation(index, 8).interactions
+        for pair in interaction.told
+    ]
+    foreign = sum(value not in KINDS_BY_NAME[kind].values for kind, value in told)
+    assert low <= foreign / len(told) <= high
+
+
+def test_probes_use_proper_values_only() -> None:
+    """Catches test dialogues that tell a colour called Oslo."""
+    for index in range(100):
+        for interaction in GENERATOR.probe(index, distance=6, num_facts=6).interactions:
+            for kind, value in interaction.told:
+                assert value in KINDS_BY_NAME[kind].values
 
 
 def test_very_long_dialogue_runs_out_of_values_gracefully() -> None:

@@ -155,7 +155,7 @@ class JointLMObjective(ModelObjective):
         draws = torch.rand(shape, generator=derive_generator(seed, "mask"))
         seen = []
         for rows in batch.encode:
-            ids, hidden = self._masker(rows.ids, draws[rows.index, : rows.ids.shape[1]])
+            ids, hidden = self._masker(rows.ids, draws[rows.place, : rows.ids.shape[1]])
             seen.append(rows._replace(ids=ids, targets=hidden))
         labels = tuple(rows.ids for rows in batch.encode)
         return JointBatch(batch._replace(encode=tuple(seen)), labels, derive_seed(seed, "noise"))
@@ -185,7 +185,7 @@ class JointLMObjective(ModelObjective):
         hidden, labels = [], []
         for rows, true_ids in zip(batch.dialogues.encode, batch.labels, strict=True):
             row, position = rows.targets.nonzero(as_tuple=True)
-            hidden.append(encoded.states[-1, rows.index[row], position])
+            hidden.append(encoded.states[-1, rows.place[row], position])
             labels.append(true_ids[row, position])
         head = self.extra_modules["mlm_head"]
         return _score(
@@ -199,8 +199,8 @@ class JointLMObjective(ModelObjective):
         answers = []
         for rows in batch.dialogues.answer:
             length = rows.ids.shape[1]
-            slots = context.states[:, rows.index, :length]
-            answers.append(answer_rows(decoder, rows, slots, context.mask[rows.index, :length]))
+            slots = context.states[:, rows.place, :length]
+            answers.append(answer_rows(decoder, rows, slots, context.mask[rows.place, :length]))
         return answers
 
     def _noised(self, encoded: EncodedTurns, seed: int) -> EncodedTurns:

@@ -28,7 +28,7 @@ from rxlm.rxt.dialogues import (
     dialogue_batch,
     group_of,
 )
-from rxlm.rxt.model import RxTNetwork
+from rxlm.rxt.reactive import ReactiveModel
 from rxlm.rxt.unroll import (
     Answers,
     answer_with_history,
@@ -71,7 +71,7 @@ class MemoryAwareObjective(ModelObjective):
 
     def __init__(
         self,
-        model: RxTNetwork,
+        model: ReactiveModel,
         train: ConversationSource,
         valid: ConversationSource,
         turns: TurnEncoder,
@@ -202,7 +202,7 @@ class MemoryAwareObjective(ModelObjective):
         """Return the part of the state that batches depend on."""
         return self.curriculum.starts
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the curriculum."""
         self.curriculum.load_state_dict(state["curriculum"])
 

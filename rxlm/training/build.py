@@ -1,0 +1,179 @@
+"""From a recipe to the objects that train: tokenizer, model, data, objective.
+
+Nothing is written and nothing is trained here. Where the inputs of a stage lie is ``stage.py``'s
+business.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from rxlm.data.conversation_source import ConversationSource, DataConfig, open_conversations
+from rxlm.errors import UserError
+from rxlm.rxt.config import NOT_ARCHITECTURE, RxTConfig
+from rxlm.rxt.dialogues import TurnEncoder
+from rxlm.rxt.generation import turn_limit
+from rxlm.rxt.model import RxTNetwork
+from rxlm.rxt.models import RxTAlpha
+from rxlm.rxt.reactive import tokenizer_config_of
+from rxlm.tokenization import Tokenizer
+from rxlm.training.objectives.joint_lm import JointLMObjective
+from rxlm.training.objectives.memory_aware import MemoryAwareObjective
+from rxlm.training.objectives.memory_pretraining import MemoryPretrainingObjective
+from rxlm.training.objectives.model_objective import COMPONENTS, ModelObjective
+from rxlm.training.objectives.sft import SFTObjective
+from rxlm.training.objectives.text_rows import TextRows
+from rxlm.training.recipe import diff_mappings
+from rxlm.training.recipes import (
+    JointLMRecipe,
+    MemoryPretrainingRecipe,
+    ModelRecipe,
+    ModelSection,
+    SFTRecipe,
+)
+from rxlm.training.rng import derive_seed, isolated_random_state
+from rxlm.training.texts import open_texts
+
+
+class StageInputs(NamedTuple):
+    """What a stage begins with."""
+
+    model_folder: Path | None
+    """A model folder whose weights are taken; ``None``: new weights."""
+    tokenizer_folder: Path
+    """A folder with the tokenizer; the model folder if there is one."""
+
+
+def build_model(recipe: ModelRecipe, inputs: StageInputs) -> RxTAlpha:
+    """Return the model that a stage begins with.
+
+    New weights depend on ``train.seed`` only.
+
+    Raises:
+        UserError: when the recipe's model is not that of the weights, does not fit the tokenizer,
+            or needs what is not built.
+    """
+    tokenizer = Tokenizer.load(inputs.tokenizer_folder)
+    if inputs.model_folder is None:
+        if recipe.model is None:
+            raise UserError(
+                f"stage '{recipe.stage}' has neither 'model' nor 'init_from': describe the model, "
+                "or set init_from to a trained one."
+            )
+        with isolated_random_state(derive_seed(recipe.train.seed, "model")):
+            return RxTAlpha.from_config(model_config(recipe.model, tokenizer), tokenizer)
+    source = RxTAlpha.from_pretrained(inputs.model_folder)
+    if recipe.model is None:
+        return source
+    config = model_config(recipe.model, source.require_tokenizer())
+    check_same_architecture(source.config, config, inputs.model_folder)
+    # Built anew, since dropout and the like may differ between stages.
+    with isolated_random_state(0):
+        model = RxTAlpha.from_config(config, source.tokenizer)
+    model.load_state_dict(source.state_dict())
+    return model
+
+
+def model_config(section: ModelSection, tokenizer: Tokenizer) -> RxTConfig:
+    """Return the configuration of the model for a tokenizer.
+
+    Raises:
+        UserError: when a ``vocab_size`` is given and is not the tokenizer's, or the parts do not
+            fit together.
+    """
+    parts: dict[str, Any] = {"memory_attention": section.memory_attention}
+    for name in ("decoder", "encoder"):
+        part = getattr(section, name)
+        given = part.vocab_size if "vocab_size" in part.model_fields_set else tokenizer.vocab_size
+        if given != tokenizer.vocab_size:
+            raise UserError(
+                f"model.{name}.vocab_size={given}, but the tokenizer has {tokenizer.vocab_size} "
+                "ids: leave vocab_size out (it is then taken from the tokenizer), or train a "
+                f"tokenizer with tokenizer.vocab_size={given}."
+            )
+        parts[name] = part.model_copy(update={"vocab_size": given})
+    return RxTConfig.parse({**parts, "tokenizer": tokenizer_config_of(tokenizer)}, "model")
+
+
+def check_same_architecture(given: RxTConfig, wanted: RxTConfig, folder: Path) -> None:
+    """Raise ``UserError``, listing the differences, unless weights of one fit the other."""
+
+    def architecture(config: RxTConfig) -> dict[str, Any]:
+        return {
+            name: getattr(config, name).model_dump(mode="json", exclude=set(NOT_ARCHITECTURE))
+            for name in COMPONENTS
+        }
+
+    changed = diff_mappings(architecture(given), architecture(wanted))
+    if changed:
+        raise UserError(
+            f"the recipe's model is not that of {folder}:\n  "
+            + "\n  ".join(changed)
+            + "\nUse the model that the weights were trained with (or leave 'model' out), or "
+            "train into another folder."
+        )
+
+
+def build_objective(
+    recipe: ModelRecipe, model: RxTNetwork, tokenizer: Tokenizer, model_folder: Path | None = None
+) -> ModelObjective:
+    """Return the stage around a model, its data opened.
+
+    Args:
+        recipe: says which stage, which data, which settings.
+        model: trained in place.
+        tokenizer: the model's.
+        model_folder: where the weights came from; what other stages kept beside the model (an MLM
+            head) goes on from there.
+
+    Raises:
+        UserError: for data that cannot be used.
+    """
+    turns = TurnEncoder(tokenizer, turn_limit(model))
+    common: dict[str, Any] = {
+        "seed": recipe.train.seed,
+        "accumulation": recipe.train.accumulation,
+    }
+    objective: ModelObjective
+    if isinstance(recipe, JointLMRecipe) and recipe.data.text is not None:
+        train, valid = open_text_rows(recipe.data, tokenizer, turn_limit(model))
+        objective = JointLMObjective(model, train, valid, turns, recipe.objective, **common)
+    else:
+        sources = open_sources(recipe.data)
+        if isinstance(recipe, JointLMRecipe):
+            objective = JointLMObjective(model, *sources, turns, recipe.objective, **common)
+        elif isinstance(recipe, SFTRecipe):
+            objective = SFTObjective(model, *sources, turns, recipe.objective, **common)
+        elif isinstance(recipe, MemoryPretrainingRecipe):
+            objective = MemoryPretrainingObjective(
+                model, *sources, turns, recipe.objective, **common
+            )
+        else:
+            objective = MemoryAwareObjective(model, *sources, turns, recipe.objective, **common)
+    if model_folder is not None:
+        objective.load_extra_modules(model_folder)
+    return objective
+
+
+def open_sources(data: DataConfig) -> tuple[ConversationSource, ConversationSource]:
+    """Return training and validation conversations."""
+    return open_conversations(data), open_conversations(data, "valid")
+
+
+def open_text_rows(
+    data: DataConfig, tokenizer: Tokenizer, length: int
+) -> tuple[TextRows, TextRows]:
+    """Return training and validation rows of ``data.text``."""
+    return (
+        TextRows(open_texts(data), tokenizer, length, data.seed, f"{data.text} (train)"),
+        TextRows(open_texts(data, "valid"), tokenizer, length, data.seed, f"{data.text} (valid)"),
+    )
+
+
+def build_on_meta(config: RxTConfig) -> RxTNetwork:
+    """Return the networks without storage, to count what they hold."""
+    with torch.device("meta"):
+        return RxTNetwork(config)
