@@ -24,7 +24,7 @@ from rxlm import __version__
 from rxlm.cli import console
 from rxlm.errors import RunError, UserError
 
-VERBS = ("doctor",)
+VERBS = ("doctor", "train", "pipeline")
 
 EXIT_RUN_FAILED = 1
 EXIT_BAD_INPUT = 2

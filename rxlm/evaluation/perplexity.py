@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import PositiveInt, field_validator
@@ -25,20 +25,22 @@ from rxlm.configuration import Config
 from rxlm.data.conversations import Conversation
 from rxlm.data.generator import DialogueGenerator
 from rxlm.data.packing import window
-from rxlm.errors import UserError
+from rxlm.errors import RunError, UserError
 from rxlm.evaluation.answering import NUM_BUCKETS, move_batch
 from rxlm.evaluation.carry_over import carry_over_flags
 from rxlm.evaluation.conditions import Condition, memory_to_read
-from rxlm.evaluation.recall import Progress
+from rxlm.evaluation.progress import Progress
+from rxlm.evaluation.rows import ALL_TURNS, PerplexityRow
 from rxlm.rxt.dialogues import DialogueBatch, Row, Rows, TurnEncoder, dialogue_batch
 from rxlm.rxt.generation import evaluation_mode, turn_limit
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.rxt.unroll import answer_rows, encode_turns, scan_memory
+from rxlm.tokenization.template import encode_interaction, encode_system
 
 logger = logging.getLogger(__name__)
 
-ALL_TURNS = 0
-"""The ``turn`` of figures over all turns; the turns themselves are numbered from 1."""
+MAX_EXPONENT = 700.0
+"""exp() of more is no number; a loss like that is reported as it is."""
 
 TokenSet = Literal["answer", "carry-over"]
 TOKEN_SETS: tuple[TokenSet, ...] = ("answer", "carry-over")
@@ -65,18 +67,6 @@ class PerplexitySettings(Config):
         if not value or len(set(value)) < len(value):
             raise ValueError(f"conditions={list(value)}: give at least one, each once")
         return value
-
-
-class PerplexityRow(TypedDict):
-    """One figure: ``turn`` 0 = all turns; ``n`` tokens; ``loss`` in nats a token."""
-
-    test: str
-    tokens: str
-    turn: int
-    condition: str
-    n: int
-    loss: float
-    perplexity: float
 
 
 @dataclass(frozen=True)
@@ -150,21 +140,11 @@ def builtin_conversations(
     ]
 
 
-def loss_of(
-    rows: Sequence[PerplexityRow], condition: str, tokens: str = "answer", turn: int = ALL_TURNS
-) -> float | None:
-    """Return one loss in nats a token; None if it was not measured."""
-    for row in rows:
-        if (row["condition"], row["tokens"], row["turn"]) == (condition, tokens, turn):
-            return row["loss"]
-    return None
-
-
 class _Sums:
     """Losses and numbers of tokens by token set, condition and turn, in double precision."""
 
     def __init__(self, settings: PerplexitySettings) -> None:
-        self._totals = {
+        self._totals: dict[tuple[str, str], Tensor] = {
             (tokens, condition): torch.zeros(2, settings.max_turns + 1, dtype=torch.float64)
             for tokens in TOKEN_SETS
             for condition in settings.conditions
@@ -186,7 +166,11 @@ class _Sums:
             for turn, (loss, count) in enumerate(total.T.tolist()):
                 if count:
                     mean = loss / count
-                    perplexity = math.exp(mean)
+                    if not math.isfinite(mean):
+                        raise RunError(
+                            "the loss is not a finite number: the model's weights are damaged or "
+                            "its training diverged; evaluate an earlier checkpoint."
+                        )
                     found.append(
                         PerplexityRow(
                             test="perplexity",
@@ -195,7 +179,7 @@ class _Sums:
                             condition=condition,
                             n=int(count),
                             loss=mean,
-                            perplexity=perplexity,
+                            perplexity=math.exp(min(mean, MAX_EXPONENT)),
                         )
                     )
         return found
@@ -205,12 +189,12 @@ class _Plan(NamedTuple):
     """A batch and where its answers belong.
 
     ``batch``: the B conversations, and after them the one whose memory the last of them borrows;
-    ``turn`` ``[(N + 1) * B]``: the turn number of the answer that reads flat memory ``m * B + b``;
-    ``carried``: for each of those, the carry-over flags of its tokens after [A].
+    ``turn``: the number of the turn, from 1, that reads flat memory ``m * B + b``, by that index;
+    ``carried``: the carry-over flags of its tokens after [A], likewise.
     """
 
     batch: DialogueBatch
-    turn: Tensor
+    turn: dict[int, int]
     carried: dict[int, list[bool]]
 
 
@@ -220,22 +204,21 @@ def _choose(
     """Return the conversations to read, cut to ``max_turns``, and how many were left out."""
     chosen: list[Conversation] = []
     num_skipped = 0
-    for conversation in conversations:
+    for number, conversation in enumerate(conversations, start=1):
         if len(chosen) == settings.max_dialogues:
             break
-        if len(conversation) > settings.max_turns:
-            conversation = window(conversation, 0, settings.max_turns)
-        try:
-            _encode(conversation, turns)
-        except UserError as error:
-            if settings.too_long == "error":
-                raise UserError(
-                    f"conversation {conversation.id or len(chosen) + num_skipped + 1}: {error} Or "
-                    "leave such conversations out with too_long='skip'."
-                ) from error
+        conversation = window(conversation, 0, settings.max_turns)
+        longest = _longest_turn(conversation, turns)
+        if longest <= turns.seq_len:
+            chosen.append(conversation)
+        elif settings.too_long == "skip":
             num_skipped += 1
-            continue
-        chosen.append(conversation)
+        else:
+            raise UserError(
+                f"conversation {number} ({conversation.id or 'without id'}) has a turn of "
+                f"{longest} tokens but the model's seq_len is {turns.seq_len}: shorten it, or "
+                "leave such conversations out with too_long='skip'."
+            )
     if num_skipped:
         logger.warning("%d conversations are left out: a turn is too long", num_skipped)
     if len(chosen) < 2:
@@ -244,3 +227,102 @@ def _choose(
             "long); expected at least two, because one gets the memory of the other."
         )
     return chosen, num_skipped
+
+
+def _longest_turn(conversation: Conversation, turns: TurnEncoder) -> int:
+    tokenizer = turns.tokenizer
+    lengths = [
+        len(encode_interaction(tokenizer, turn.query, turn.answer).ids)
+        for turn in conversation.interactions
+    ]
+    if conversation.system:
+        lengths.append(len(encode_system(tokenizer, conversation.system)))
+    return max(lengths, default=0)
+
+
+def _measure(
+    model: ReactiveModel,
+    turns: TurnEncoder,
+    conversations: Sequence[Conversation],
+    start: int,
+    settings: PerplexitySettings,
+    sums: _Sums,
+) -> None:
+    """Add the losses of the ``batch_size`` conversations from ``start`` on."""
+    part = conversations[start : start + settings.batch_size]
+    # The last of the batch borrows the memory of the first of the next one, so that the batch
+    # size does not change who borrows from whom.
+    borrowed = (start + len(part)) % len(conversations)
+    plan = _plan(turns, part, conversations[borrowed])
+    batch = move_batch(plan.batch, model.device)
+    initial = torch.cat(
+        (model.initial_memory(len(part), seed=start), model.initial_memory(1, seed=borrowed)), dim=1
+    )
+    encoded = encode_turns(model.encoder, batch)
+    memories = scan_memory(model.memory_attention, initial, encoded, batch.num_turns)
+    memories = memories.unflatten(1, (batch.num_turns + 1, batch.num_dialogues))
+    own, other = memories[:, :, :-1], memories[:, :, 1:]
+    for condition in settings.conditions:
+        read = memory_to_read(condition, own, other, initial[:, None, :-1]).flatten(1, 2)
+        for rows in batch.answer:
+            losses, kept = _token_losses(model, rows, read)
+            turn, carried = _belonging(plan, rows)
+            sums.add(condition, losses[kept].cpu(), turn, carried)
+
+
+def _plan(turns: TurnEncoder, part: Sequence[Conversation], borrowed: Conversation) -> _Plan:
+    """Lay out a batch: write every turn of all conversations, answer those of ``part``."""
+    encode: list[Row] = []
+    answer: list[Row] = []
+    turn_numbers: dict[int, int] = {}
+    carried: dict[int, list[bool]] = {}
+    count = len(part)
+    num_turns = 0
+    for b, conversation in enumerate([*part, borrowed]):
+        offset = 0
+        if conversation.system:
+            encode.append(Row(turns.system(conversation.system), b, 0))
+            offset = 1
+        for n, item in enumerate(conversation.interactions, start=offset):
+            row = Row(turns.interaction(item.query, item.answer), n * (count + 1) + b, 0)
+            encode.append(row)
+            if b < count:
+                answer.append(row._replace(place=n * count + b))
+                turn_numbers[n * count + b] = n - offset + 1
+        num_turns = max(num_turns, offset + len(conversation.interactions))
+        if b < count:
+            flags = carry_over_flags(
+                turns.tokenizer, conversation.interactions, conversation.system
+            )
+            for n, turn_flags in enumerate(flags, start=offset):
+                carried[n * count + b] = [*turn_flags, False]  # [EOS] is no word
+    batch = dialogue_batch(
+        encode,
+        answer,
+        num_dialogues=count + 1,
+        num_turns=num_turns,
+        num_buckets=NUM_BUCKETS,
+        pad_id=turns.tokenizer.pad_id,
+    )
+    return _Plan(batch, turn_numbers, carried)
+
+
+def _token_losses(model: ReactiveModel, rows: Rows, read: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss of every target ``[M]`` and whether it counts (all but [A])."""
+    answers = answer_rows(model.decoder, rows, read[:, rows.place])
+    losses = torch.nn.functional.cross_entropy(
+        answers.logits.float(), answers.labels, reduction="none"
+    )
+    # A text never holds the id of [A], so a target that is [A] is the one that opens the answer.
+    return losses, answers.labels != model.config.tokenizer.answer_token_id
+
+
+def _belonging(plan: _Plan, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return turn number and carry-over flag of every token that counts, in order."""
+    turn: list[int] = []
+    carried: list[bool] = []
+    for place in rows.place.tolist():
+        flags = plan.carried[place]
+        carried += flags
+        turn += [plan.turn[place]] * len(flags)
+    return torch.tensor(turn), torch.tensor(carried)

@@ -11,9 +11,9 @@ Shapes: L layers, B conversations, S slots, D width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,51 +26,18 @@ from rxlm.evaluation.answering import (
     memory_of_references,
 )
 from rxlm.evaluation.conditions import Condition, memory_to_read
+from rxlm.evaluation.progress import Progress
 from rxlm.evaluation.recall_plan import (
     Cell,
     RecallSettings,
     cell_dialogues,
     plan_cells,
 )
+from rxlm.evaluation.rows import Mistake, RecallRow
 from rxlm.evaluation.scoring import score_answer
 from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.generation import evaluation_mode, turn_limit
 from rxlm.rxt.reactive import ReactiveModel
-
-Progress = Callable[[int, int, str], None]
-"""Called with (units done, units in all, what is next or was last)."""
-
-
-class RecallRow(TypedDict):
-    """Shares of one cell, seed and condition; ``n`` answers."""
-
-    test: str
-    unseen: str
-    distance: int
-    facts: int
-    history: str
-    seed: int
-    condition: str
-    n: int
-    exact: float
-    value: float
-    stale: float
-    declined: float
-    chance: float
-    """Share that random guessing from the pool of values would get right."""
-
-
-class Mistake(TypedDict):
-    """A wrong answer from memory, to look at."""
-
-    test: str
-    unseen: str
-    distance: int
-    facts: int
-    told: str
-    query: str
-    expected: str
-    answer: str
 
 
 @dataclass(frozen=True)

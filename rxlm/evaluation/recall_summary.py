@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-from rxlm.evaluation.recall import RecallRow
+from rxlm.evaluation.rows import RecallRow
 from rxlm.evaluation.statistics import Estimate, estimate
 
 Metric = Literal["exact", "value", "stale", "declined"]

@@ -55,6 +55,7 @@ class ResidualGate(nn.Module):
         self.bias._no_weight_decay = True  # type: ignore[attr-defined]
         if settings.gate_type == "elementwise":
             self.weight = nn.Parameter(torch.zeros(num_layers, 1, 1, dim))
+            self.weight._no_weight_decay = True  # type: ignore[attr-defined]
         elif settings.gate_type == "linear":
             outputs = 1 if settings.per_slot else dim
             self.weight = nn.Parameter(torch.randn(num_layers, 2 * dim, outputs) * 0.02)

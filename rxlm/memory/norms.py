@@ -47,6 +47,9 @@ class MemoryNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(num_layers, 1, per_slot, width))
         if norm_type != "classic-rms":
             self.gate = nn.Parameter(torch.full((num_layers, 1, per_slot, 1), init_gate))
+        for parameter in self.parameters():
+            # Stacking gives scales and gates the shape of matrices; they are vectors.
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(self, slots: Tensor) -> Tensor:
         """Normalise ``[L, B, S, D]``, computed in fp32, returned in the input's dtype."""

@@ -21,6 +21,10 @@ from rxlm.configuration import Config
 from rxlm.errors import RunError
 
 
+MIN_TEMPERATURE = 1e-6
+"""Dividing by less overflows; the result would be greedy anyway."""
+
+
 class SamplingSettings(Config):
     """How a token is chosen from its scores; the filters apply in the order of the fields."""
 
@@ -50,8 +54,10 @@ class SamplingSettings(Config):
     @field_validator("temperature")
     @classmethod
     def _temperature_not_negative(cls, value: float) -> float:
-        if value < 0:
-            raise ValueError(f"temperature={value} must be 0 (greedy) or above: use 0 or 0.7")
+        if value != 0 and value < MIN_TEMPERATURE:
+            raise ValueError(
+                f"temperature={value} must be 0 (greedy) or at least {MIN_TEMPERATURE}: use 0 or 0.7"
+            )
         return value
 
     @field_validator("top_k")

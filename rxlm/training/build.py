@@ -16,7 +16,6 @@ from rxlm.errors import UserError
 from rxlm.rxt.config import NOT_ARCHITECTURE, RxTConfig
 from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.generation import turn_limit
-from rxlm.rxt.model import RxTNetwork
 from rxlm.rxt.models import RxTAlpha
 from rxlm.rxt.reactive import tokenizer_config_of
 from rxlm.tokenization import Tokenizer
@@ -25,7 +24,7 @@ from rxlm.training.objectives.memory_aware import MemoryAwareObjective
 from rxlm.training.objectives.memory_pretraining import MemoryPretrainingObjective
 from rxlm.training.objectives.model_objective import COMPONENTS, ModelObjective
 from rxlm.training.objectives.sft import SFTObjective
-from rxlm.training.objectives.text_rows import TextRows
+from rxlm.training.objectives.row_windows import TextRows
 from rxlm.training.recipe import diff_mappings
 from rxlm.training.recipes import (
     JointLMRecipe,
@@ -118,7 +117,7 @@ def check_same_architecture(given: RxTConfig, wanted: RxTConfig, folder: Path) -
 
 
 def build_objective(
-    recipe: ModelRecipe, model: RxTNetwork, tokenizer: Tokenizer, model_folder: Path | None = None
+    recipe: ModelRecipe, model: RxTAlpha, tokenizer: Tokenizer, model_folder: Path | None = None
 ) -> ModelObjective:
     """Return the stage around a model, its data opened.
 
@@ -173,7 +172,7 @@ def open_text_rows(
     )
 
 
-def build_on_meta(config: RxTConfig) -> RxTNetwork:
-    """Return the networks without storage, to count what they hold."""
+def build_on_meta(config: RxTConfig) -> RxTAlpha:
+    """Return a model without storage, to count what it holds."""
     with torch.device("meta"):
-        return RxTNetwork(config)
+        return RxTAlpha.from_config(config)

@@ -1,6 +1,6 @@
 """Which documents of ``data.text`` are for training and which for validation. No torch.
 
-Not here: reading files (``rxlm.data.sources``), rows of tokens (``objectives/text_rows.py``).
+Not here: reading files (``rxlm.data.sources``), rows of tokens (``objectives/row_windows.py``).
 """
 
 from __future__ import annotations

@@ -66,26 +66,30 @@ def test_memory_is_a_value(combination: Any, make_memory: Maker) -> None:
 
 def test_closed_gates_keep_the_memory(combination: Any, make_memory: Maker) -> None:
     """Catches a residual path that changes what is kept (a norm, a mix, the reference's 1 + g)."""
-    if not combination.gate.enabled:
-        return
     memory = make_memory(*combination)
+    if not combination.gate.enabled:
+        assert list(memory.gate.parameters()) == []
+        return
     slots, states = random_turn()
     set_gates(memory, write=-40.0, mix=-40.0)
     torch.testing.assert_close(memory(slots, states), slots, atol=1e-6, rtol=0)
 
 
 def test_open_gate_writes_the_update_alone(pair: Any, make_memory: Maker) -> None:
-    """Catches a gate that keeps part of the old slot however far it is opened."""
+    """Catches a gate that keeps part of the old slot however far it is opened, and a missing one
+    that does."""
     memory = make_memory(*pair)
     slots, states = random_turn()
     set_gates(memory, write=40.0, mix=-40.0)
+    mixed = []
+    memory.gate.register_forward_hook(lambda _module, inputs, _output: mixed.append(inputs[0]))
+    written = memory(slots, states)
+    expected = update_of(memory, mixed[0], states)
+    if pair.gate.enabled or pair.variant == "simple":
+        torch.testing.assert_close(mixed[0], slots, atol=1e-6, rtol=0)
     if not pair.gate.enabled:
-        if pair.variant == "simple":
-            expected = slots + update_of(memory, slots, states)
-            torch.testing.assert_close(memory(slots, states), expected)
-        return
-    expected = update_of(memory, slots, states)
-    torch.testing.assert_close(memory(slots, states), expected, atol=1e-5, rtol=1e-5)
+        expected = mixed[0] + expected
+    torch.testing.assert_close(written, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_projecting_ahead_equals_forward(pair: Any, make_memory: Maker) -> None:

@@ -1,116 +1,183 @@
-"""Conversations as tensors: nothing lost, nothing added, padding never a target."""
+"""Batches of dialogues: every turn once, in the right place, learned from [A] to [EOS].
+
+Not here: what the model does with them (test_rxt_unroll).
+"""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rxlm.data import Conversation, Interaction
+from rxlm.data.conversations import Conversation, Interaction
 from rxlm.errors import UserError
-from rxlm.rxt.dialogues import GROUPS, Row, TurnEncoder, bucketed, whole_dialogues
+from rxlm.rxt.dialogues import (
+    GROUPS,
+    DialogueBatch,
+    Row,
+    Rows,
+    TurnEncoder,
+    bucketed,
+    dialogue_batch,
+    group_of,
+    whole_dialogues,
+)
 from rxlm.tokenization import Tokenizer, TokenizerTraining, train_tokenizer
-from rxlm.tokenization.template import EncodedTurn
-
-PAD = 0
+from rxlm.tokenization.template import EncodedTurn, encode_interaction, encode_system
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(["hello there"], TokenizerTraining(vocab_size=300))
+    """A tokenizer of little more than bytes."""
+    texts = ["my name is ann", "what is my name", "your name is ann", "nice to meet you"]
+    return train_tokenizer(texts, TokenizerTraining(vocab_size=280))
 
 
-def conversation(*queries: str, system: str | None = None) -> Conversation:
-    turns = tuple(Interaction(query, f"answer to {query}") for query in queries)
-    return Conversation(turns, system=system)
+def conversation(*turns: tuple[str, str], system: str | None = None) -> Conversation:
+    return Conversation(tuple(Interaction(*turn) for turn in turns), system=system)
+
+
+RAGGED = (
+    conversation(("hi", "hello"), ("my name is ann", "nice to meet you, ann"), ("bye", "bye")),
+    conversation(("what is my name", "i do not know"), system="you are kind"),
+    conversation(("a", "b"), ("what now", "your name is ann and that is a long answer")),
+)
+"""Dialogues of 3, 1 (after a system prompt) and 2 turns."""
+
+
+def content(rows: tuple[Rows, ...]) -> list[tuple[int, list[int], list[int], int]]:
+    """Return (index, ids, target ids, group) of every row of every bucket, sorted."""
+    found = []
+    for bucket in rows:
+        for r in range(len(bucket.index)):
+            ids, mask, targets = bucket.ids[r], bucket.mask[r], bucket.targets[r]
+            found.append(
+                (
+                    int(bucket.index[r]),
+                    ids[mask].tolist(),
+                    ids[targets].tolist(),
+                    int(bucket.group[r]),
+                )
+            )
+    return sorted(found)
+
+
+def batch_of(tokenizer: Tokenizer, num_buckets: int = 3) -> DialogueBatch:
+    return whole_dialogues(RAGGED, TurnEncoder(tokenizer, 200), num_buckets=num_buckets)
+
+
+@pytest.mark.parametrize("num_buckets", [1, 2, 3, 50])
+def test_every_turn_is_encoded_and_answered_once(tokenizer: Tokenizer, num_buckets: int) -> None:
+    """Catches a turn that is lost, doubled, or filed under another dialogue or position, and a
+    system prompt that is answered or not counted as turn 0."""
+    expected_encode, expected_answer = [], []
+    for b, item in enumerate(RAGGED):
+        turns = [encode_interaction(tokenizer, i.query, i.answer) for i in item.interactions]
+        first = 0
+        if item.system:
+            expected_encode.append((b, encode_system(tokenizer, item.system), [], 0))
+            first = 1
+        for n, turn in enumerate(turns, start=first):
+            row = (n * 3 + b, turn.ids, turn.ids[turn.answer_start :], 0)
+            expected_encode.append(row)
+            expected_answer.append(row)
+    batch = batch_of(tokenizer, num_buckets)
+    assert content(batch.encode) == sorted(expected_encode)
+    assert content(batch.answer) == sorted(expected_answer)
+    assert (batch.num_dialogues, batch.num_turns) == (3, 3)
+    assert batch.num_tokens == sum(
+        len(ids) for _, ids, _, _ in (*expected_encode, *expected_answer)
+    )
+
+
+def test_targets_are_the_answer_with_its_marks(tokenizer: Tokenizer) -> None:
+    """Catches a model that never learns to begin ([A]) or to end ([EOS]), or that learns to
+    speak for the user."""
+    for bucket in batch_of(tokenizer).answer:
+        for ids, targets in zip(bucket.ids, bucket.targets, strict=True):
+            learned = ids[targets].tolist()
+            assert learned[0] == tokenizer.answer_id and learned[-1] == tokenizer.eos_id
+            assert tokenizer.query_id not in learned and tokenizer.pad_id not in learned
+            rest = ids[~targets].tolist()
+            assert tokenizer.answer_id not in rest and tokenizer.eos_id not in rest
+            spans = targets.nonzero().flatten()
+            assert torch.equal(spans, torch.arange(int(spans[0]), int(spans[-1]) + 1))
+
+
+def test_rows_are_padded_on_the_right_only(tokenizer: Tokenizer) -> None:
+    """Catches a mask that hides text, shows padding, or leaves a hole."""
+    for bucket in (*batch_of(tokenizer).encode, *batch_of(tokenizer).answer):
+        lengths = bucket.mask.sum(dim=1)
+        assert torch.equal(bucket.mask, torch.arange(bucket.ids.shape[1]) < lengths[:, None])
+        assert (bucket.ids[~bucket.mask] == tokenizer.pad_id).all()
+        assert not (bucket.targets & ~bucket.mask).any()
+        assert bucket.ids.dtype == bucket.index.dtype == bucket.group.dtype == torch.int64
 
 
 @given(
-    sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=12),
-    num_buckets=st.integers(1, 5),
+    lengths=st.lists(st.integers(2, 20), max_size=12),
+    num_buckets=st.integers(1, 15),
 )
-def test_bucketing_keeps_every_row(sizes: list[tuple[int, int]], num_buckets: int) -> None:
-    """A row lost, doubled, cut or shifted by sorting and padding; padding as a target."""
+def test_buckets_share_out_rows_by_length(lengths: list[int], num_buckets: int) -> None:
+    """Catches rows of very different length padded together, buckets wider than their longest
+    row, more buckets than asked for, and empty ones."""
     rows = [
-        Row(EncodedTurn([100 + i] * length, min(start, length)), i, i % len(GROUPS))
-        for i, (length, start) in enumerate(sizes)
+        Row(EncodedTurn(list(range(100, 100 + n)), n // 2), index, index % 4)
+        for index, n in enumerate(lengths)
     ]
-    seen = []
-    for bucket in bucketed(rows, num_buckets, PAD):
-        assert bucket.ids.shape == bucket.mask.shape == bucket.targets.shape
-        assert bucket.mask[:, -1].any(), "a bucket is no wider than its longest row"
-        for r, index in enumerate(bucket.place.tolist()):
-            turn = rows[index].turn
-            seen.append(index)
-            length = len(turn.ids)
-            assert bucket.ids[r].tolist() == turn.ids + [PAD] * (bucket.ids.shape[1] - length)
-            assert bucket.mask[r].nonzero().flatten().tolist() == list(range(length))
-            targets = bucket.targets[r].nonzero().flatten().tolist()
-            assert targets == list(range(turn.answer_start, length))
-            assert bucket.group[r] == rows[index].group
-    assert sorted(seen) == list(range(len(rows)))
-    assert len(bucketed(rows, num_buckets, PAD)) <= num_buckets
-
-
-def test_targets_are_the_answer_with_its_markers(tokenizer: Tokenizer) -> None:
-    """A model that never learns to begin ([A]) or to stop ([EOS]), or learns the user's words."""
-    batch = whole_dialogues([conversation("hi")], TurnEncoder(tokenizer, 64))
-    (rows,) = batch.answer
-    learned = rows.ids[rows.targets].tolist()
-    assert learned == [
-        tokenizer.answer_id,
-        *tokenizer.encode("answer to hi"),
-        tokenizer.eos_id,
-    ]
-
-
-def test_ragged_dialogues_are_not_cut(tokenizer: Tokenizer) -> None:
-    """Dialogues truncated to the shortest of the batch, or turns given to another dialogue."""
-    dialogues = [conversation("a"), conversation("b", "c", "d"), conversation("e", "f")]
-    batch = whole_dialogues(dialogues, TurnEncoder(tokenizer, 64), num_buckets=2)
-    assert (batch.num_dialogues, batch.num_turns) == (3, 3)
-    found = {}
-    for rows in batch.encode:
-        for ids, mask, index in zip(rows.ids, rows.mask, rows.place.tolist(), strict=True):
-            found[divmod(index, 3)] = tokenizer.decode(ids[mask].tolist())
-    assert {key: text[0] for key, text in found.items()} == {
-        (0, 0): "a",
-        (0, 1): "b",
-        (1, 1): "c",
-        (2, 1): "d",
-        (0, 2): "e",
-        (1, 2): "f",
-    }
-    real = sum(int(rows.mask.sum()) for rows in (*batch.encode, *batch.answer))
-    assert batch.num_tokens == real
-
-
-def test_a_system_prompt_is_written_first_and_never_answered(tokenizer: Tokenizer) -> None:
-    """A system prompt that is dropped, predicted, or that shifts what an answer may read."""
-    dialogues = [conversation("a", system="be brief"), conversation("b")]
-    batch = whole_dialogues(dialogues, TurnEncoder(tokenizer, 64), num_buckets=1)
-    (encode,), (answer,) = batch.encode, batch.answer
-    assert sorted(encode.place.tolist()) == [0, 1, 2]  # system, b, a
-    assert sorted(answer.place.tolist()) == [1, 2]  # b reads 0 writes, a reads 1 (the system's)
-    system = encode.ids[encode.place.tolist().index(0)]
-    assert tokenizer.internal_id in system
-    assert tokenizer.answer_id not in system
+    buckets = bucketed(rows, num_buckets, pad_id=7)
+    assert len(buckets) <= num_buckets
+    previous = 0
+    for bucket in buckets:
+        sizes = bucket.mask.sum(dim=1)
+        assert bucket.ids.shape[1] == sizes.max() and sizes.min() >= previous
+        previous = int(sizes.max())
+    expected = [(row.index, row.turn.ids, row.turn.ids[len(row.turn.ids) // 2 :], row.group)
+                for row in rows]  # fmt: skip
+    assert content(buckets) == expected
 
 
 def test_a_turn_that_does_not_fit_is_refused(tokenizer: Tokenizer) -> None:
-    """Silent truncation, which would cut off answers and [EOS]."""
-    encoder = TurnEncoder(tokenizer, 12)
-    assert len(encoder.interaction("abc", "b").ids) <= 12
-    with pytest.raises(UserError, match="seq_len=12"):
-        encoder.interaction("a long question" * 3, "b")
-    with pytest.raises(UserError, match="system prompt"):
-        encoder.system("a long system prompt" * 3)
+    """Catches silent truncation: the message says how long the turn is, what the limit is, which
+    turn it is and what to do; a turn of exactly the limit fits."""
+    length = len(encode_interaction(tokenizer, "what is my name", "ann").ids)
+    assert len(TurnEncoder(tokenizer, length).interaction("what is my name", "ann").ids) == length
+    with pytest.raises(UserError) as caught:
+        TurnEncoder(tokenizer, length - 1).interaction("what is my name", "ann")
+    message = str(caught.value)
+    for part in (f"{length} tokens", f"seq_len={length - 1}", "what is my name", "too_long"):
+        assert part in message
+    system = len(encode_system(tokenizer, "be kind"))
+    assert len(TurnEncoder(tokenizer, system).system("be kind").ids) == system
+    with pytest.raises(UserError, match=f"system prompt has {system} tokens.*seq_len={system - 1}"):
+        TurnEncoder(tokenizer, system - 1).system("be kind")
 
 
-def test_the_cache_of_turns_changes_nothing(tokenizer: Tokenizer) -> None:
-    """A cached turn that is returned for other text."""
-    cached, plain = TurnEncoder(tokenizer, 64, cache_size=2), TurnEncoder(tokenizer, 64, 0)
-    pairs = [("a", "bc"), ("ab", "c"), ("a", "bc"), ("x", "y"), ("ab", "c")]
-    assert [cached.interaction(*pair) for pair in pairs] == [
-        plain.interaction(*pair) for pair in pairs
-    ]
+@pytest.mark.parametrize("cache_size", [0, 1, 100])
+def test_remembered_turns_are_the_right_ones(tokenizer: Tokenizer, cache_size: int) -> None:
+    """Catches a cache keyed by the query alone, and one that stops encoding when it is full."""
+    encoder = TurnEncoder(tokenizer, 100, cache_size=cache_size)
+    for query, answer in (("a", "b"), ("a", "c"), ("ab", ""), ("a", "b")):
+        assert encoder.interaction(query, answer) == encode_interaction(tokenizer, query, answer)
+
+
+def test_kinds_of_turns_are_measured_apart(tokenizer: Tokenizer) -> None:
+    """Catches questions about facts counted as small talk, which hides that nothing is recalled."""
+    kinds = {"chat": "chat", "fact": "chat", "update": "chat", "question": "recall",
+             "unknown": "unknown"}  # fmt: skip
+    turns = tuple(Interaction(f"q{n}", "a", kind=kind) for n, kind in enumerate(kinds))
+    assert [GROUPS[group_of(turn)] for turn in turns] == list(kinds.values())
+    batch = whole_dialogues([Conversation(turns)], TurnEncoder(tokenizer, 50))
+    groups = [GROUPS[group] for _, _, _, group in content(batch.answer)]
+    assert groups == list(kinds.values())
+
+
+def test_nothing_to_answer_is_an_empty_batch(tokenizer: Tokenizer) -> None:
+    """Catches a crash on a batch whose turns are all written and none is answered."""
+    turn = encode_interaction(tokenizer, "a", "b")
+    batch = dialogue_batch(
+        [Row(turn, 0, 0)], [], num_dialogues=1, num_turns=1, num_buckets=2, pad_id=0
+    )
+    assert batch.answer == () and len(batch.encode) == 1
+    assert batch.num_tokens == len(turn.ids)

@@ -54,8 +54,8 @@ def test_a_resumed_curriculum_goes_on_as_if_never_stopped(stop: int) -> None:
     accuracies = [0.1 * (step % 10) + 0.4 for step in range(30)]
 
     def go(curriculum: Curriculum, steps: range) -> list[int]:
-        return [index for step in steps for index in walk(curriculum, range(step, step + 1),
-                                                          accuracies[step])]
+        singles = [walk(curriculum, range(step, step + 1), accuracies[step]) for step in steps]
+        return [turns for single in singles for turns in single]
 
     wanted = go(Curriculum(THREE), range(30))
     stopped = Curriculum(THREE)
@@ -63,7 +63,6 @@ def test_a_resumed_curriculum_goes_on_as_if_never_stopped(stop: int) -> None:
     resumed = Curriculum(THREE)
     resumed.load_state_dict(stopped.state_dict())
     assert done + go(resumed, range(stop, 30)) == wanted
-    assert resumed.starts == Curriculum.starts.fget(resumed)
 
 
 def test_earlier_steps_keep_their_phase() -> None:

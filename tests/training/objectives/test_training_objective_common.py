@@ -147,9 +147,6 @@ def test_buckets_do_not_change_the_loss(stage: str, tiny: Any) -> None:
 def test_only_what_the_stage_trains_moves(stage: str, tiny: Any) -> None:
     """A frozen part that weight decay or a stray gradient changes; a trained part that does not."""
     objective = build(tiny, stage)
-    assert not objective.model.decoder.embedding.weight.requires_grad or "decoder" not in FROZEN[
-        stage
-    ]
     before = copy.deepcopy(objective.model.state_dict())
     # Enough steps for memory-aware training to leave its warm-up, which writes nothing.
     train_by_hand(objective, 3)
@@ -234,11 +231,8 @@ def test_three_steps_and_three_more_equal_six(stage: str, tiny: Any, tmp_path: P
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Return what was logged, without what depends on the clock."""
-    return [
-        {key: value for key, value in record.items() if key not in TIMING_FIELDS}
-        for record in read_metrics(folder / "metrics.jsonl")
-        if "validation" not in str(record) or record["step"] == 6
-    ]
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in TIMING_FIELDS} for record in records]
 
 
 @stages
@@ -251,8 +245,9 @@ def test_a_checkpoint_is_a_model_that_the_next_stage_can_begin_with(
     model = load_model(type(objective.model), tmp_path)
     for name, tensor in objective.model.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
-    assert build(tiny, "sft", model=model).architecture()["model"] == (
-        objective.architecture()["model"]
+    assert (
+        build(tiny, "sft", model=model).architecture()["model"]
+        == (objective.architecture()["model"])
     )
 
 

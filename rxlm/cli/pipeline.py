@@ -1,0 +1,112 @@
+"""``rxlm pipeline run FOLDER``: all stages in order, then the evaluation and a report."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from rxlm.cli import console
+from rxlm.cli.train import stop
+
+if TYPE_CHECKING:
+    from rxlm.training.pipeline import PlannedStage
+
+
+class Stopped(BaseException):
+    """SIGTERM came while nothing was being trained."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``pipeline`` to the command line."""
+    family = typer.Typer(help="Run all stages of a recipe folder.", no_args_is_help=True)
+    family.command("run")(run)
+    app.add_typer(family, name="pipeline")
+
+
+def run(
+    recipes: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of numbered recipes.")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045 (typer evaluates this on Python 3.10)
+        typer.Argument(
+            metavar="[KEY.SUB=VALUE]...",
+            help="Settings for every stage, or for one: memory_aware.train.steps=500.",
+        ),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of the runs.  [default: runs/<recipe folder>]"),
+    ] = None,
+    stop_after: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="STAGE", help="Leave out what comes after this stage."),
+    ] = None,
+    redo: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="STAGE", help="Delete the runs of this stage and all later ones; train anew."
+        ),
+    ] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--eval/--no-eval", help="Evaluate at the end and write a report.")
+    ] = True,
+) -> None:
+    """Train all stages in order. Finished stages are skipped, an interrupted one resumes.
+
+    Example: rxlm pipeline run stages/nano --out runs/nano
+    """
+    from rxlm.training.pipeline import plan_pipeline, run_pipeline
+
+    root = out or Path("runs", recipes.resolve().name)
+    planned = plan_pipeline(recipes, root, overrides or [], stop_after=stop_after, redo=redo)
+    words = ["rxlm", "pipeline", "run", str(recipes), *(overrides or []), "--out", str(root)]
+    words += ["--stop-after", stop_after] if stop_after else []
+    again = shlex.join([*words, *([] if evaluate else ["--no-eval"])])
+    with _stopping(again):
+        result = run_pipeline(
+            planned, redo=redo, console=console.messages(), announce=_announce_stage
+        )
+        if result.interrupted is not None:
+            where = f"stopped in {result.last.name}, saved in {result.last.folder}"
+            stop(result.interrupted, f"{where}. To go on: {again}")
+        if evaluate and stop_after is None:
+            _evaluate(planned[-1], root)
+
+
+@contextlib.contextmanager
+def _stopping(again: str) -> Iterator[None]:
+    """Turn SIGTERM and Ctrl-C between trainings into a message that says how to go on.
+
+    While a stage trains, the Trainer takes these signals itself.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, handle)
+    message = f"stopped; finished stages are kept. To go on: {again}"
+    try:
+        yield
+    except Stopped:
+        stop(signal.SIGTERM, message)
+    except KeyboardInterrupt:
+        stop(signal.SIGINT, message)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _announce_stage(number: int, count: int, item: PlannedStage) -> None:
+    doing = {"skip": "finished before", "resume": "resuming", "run": "running"}[item.action]
+    console.messages().print(f"[{number}/{count}] {item.stage.name}: {doing}", style="bold")
+
+
+def _evaluate(last: PlannedStage, root: Path) -> None:
+    from rxlm.training.pipeline_report import evaluate_pipeline
+
+    evaluate_pipeline(last.stage.recipe, root)

@@ -1,0 +1,112 @@
+"""``rxlm train RECIPE.yaml``: one stage, resumed when there is something to resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from rxlm.cli import console
+
+if TYPE_CHECKING:
+    from rxlm.training.dry_run import DryRun
+    from rxlm.training.stage import StageResult
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``train`` to the command line."""
+    app.command("train")(train)
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe of one stage (YAML).")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045 (typer evaluates this on Python 3.10)
+        typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that replace the recipe's."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what it takes; no training.")
+    ] = False,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Run folder.  [default: runs/<recipe's folder>/<recipe>]"),
+    ] = None,
+) -> None:
+    """Train one stage; a run that is there is resumed.
+
+    Example: rxlm train stages/nano/50_memory_aware.yaml train.steps=500
+    """
+    from rxlm.training.recipes import read_recipe
+    from rxlm.training.stage import default_run_folder, run_stage
+
+    stage = read_recipe(recipe, overrides or [])
+    folder = out or default_run_folder(stage)
+    if dry_run:
+        from rxlm.training.dry_run import dry_run as find_out
+
+        report = find_out(stage, folder)
+        print_recipe(stage.recipe)
+        _print_dry_run(report, folder)
+        return
+    result = run_stage(stage, folder, console.messages())
+    if result.signal is not None:
+        again = " ".join(["rxlm train", str(recipe), *(overrides or [])])
+        again += f" --out {out}" if out else ""
+        stop(result.signal, f"stopped, saved in {folder}. To go on: {again}")
+    _print_result(result)
+
+
+def print_recipe(recipe: object) -> None:
+    """Print a resolved recipe as YAML."""
+    import yaml
+
+    from rxlm.training.recipes import Recipe, recipe_values
+
+    assert isinstance(recipe, Recipe)
+    text = yaml.safe_dump(recipe_values(recipe), sort_keys=False, allow_unicode=True)
+    console.results().out(text.rstrip("\n"), highlight=False)
+
+
+def stop(signal_number: int, message: str) -> None:
+    """Say how to go on, and end with the status of a command that a signal stopped."""
+    console.messages().out(message, highlight=False)
+    raise typer.Exit(128 + signal_number)
+
+
+def _print_result(result: StageResult) -> None:
+    from rxlm.training.progress import format_duration
+
+    out = console.results()
+    out.out(f"{result.folder}: {result.status}, {format_duration(result.seconds)}", highlight=False)
+    for name, value in result.metrics.items():
+        if name.startswith("validation/") or name == "train/loss":
+            shown = "not finite" if value is None else f"{value:.4g}"
+            out.out(f"  {name:32} {shown}", highlight=False)
+
+
+def _print_dry_run(report: DryRun, folder: Path) -> None:
+    lines = [f"run folder          {folder}"]
+    if report.parameters:
+        total = sum(report.parameters.values())
+        lines += [f"parameters          {total:,}, of which {report.num_trained:,} train"]
+        lines += [f"  {part:18}{count:,}" for part, count in report.parameters.items()]
+        lines += [
+            f"steps               {report.steps:,}",
+            f"tokens a step       about {report.tokens_per_step:,}",
+            f"tokens in all       about {report.tokens_per_step * report.steps:,}",
+            f"weights             {_size(report.weight_bytes)}",
+            f"while training      {_size(report.weight_bytes + report.optimizer_bytes)} with "
+            "gradients and optimizer (activations come on top)",
+            f"memory              {_size(report.memory_bytes)} a conversation, whatever its length",
+        ]
+    lines += [f"note                {note}" for note in report.notes]
+    console.results().out("\n" + "\n".join(lines), highlight=False)
+
+
+def _size(num_bytes: int) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}" if unit != "bytes" else f"{num_bytes} bytes"
+        num_bytes /= 1000  # type: ignore[assignment]
+    return f"{num_bytes:.3g} GB"
