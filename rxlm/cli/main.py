@@ -24,7 +24,9 @@ from rxlm import __version__
 from rxlm.cli import console
 from rxlm.errors import RunError, UserError
 
-VERBS = ("doctor", "train", "pipeline")
+VERBS = ("doctor", "pipeline", "train", "config", "tokenizer", "chat", "eval", "demo")
+MODULE_OF_VERB = {"eval": "evaluate"}
+"""Verbs whose module has another name than they (a built-in function is called ``eval``)."""
 
 EXIT_RUN_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -81,7 +83,7 @@ def build_app(invocation: Invocation, verbs: Sequence[str] = VERBS) -> typer.Typ
         console.configure_logging(debug=debug)
 
     for verb in verbs:
-        importlib.import_module(f"rxlm.cli.{verb}").register(app)
+        importlib.import_module(f"rxlm.cli.{MODULE_OF_VERB.get(verb, verb)}").register(app)
     return app
 
 

@@ -8,11 +8,12 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rxlm.cli import console
+from rxlm.cli.evaluate import print_tables, work_progress
 from rxlm.cli.train import stop
 
 if TYPE_CHECKING:
@@ -33,22 +34,22 @@ def register(app: typer.Typer) -> None:
 def run(
     recipes: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of numbered recipes.")],
     overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045 (typer evaluates this on Python 3.10)
+        list[str] | None,
         typer.Argument(
             metavar="[KEY.SUB=VALUE]...",
             help="Settings for every stage, or for one: memory_aware.train.steps=500.",
         ),
     ] = None,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Folder of the runs.  [default: runs/<recipe folder>]"),
     ] = None,
     stop_after: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(metavar="STAGE", help="Leave out what comes after this stage."),
     ] = None,
     redo: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             metavar="STAGE", help="Delete the runs of this stage and all later ones; train anew."
         ),
@@ -107,6 +108,16 @@ def _announce_stage(number: int, count: int, item: PlannedStage) -> None:
 
 
 def _evaluate(last: PlannedStage, root: Path) -> None:
-    from rxlm.training.pipeline_report import evaluate_pipeline
+    from rxlm.rxt.model_folder import resolve_model_dir
+    from rxlm.training.final_evaluation import evaluate_pipeline
+    from rxlm.training.recipes import TokenizerRecipe
 
-    evaluate_pipeline(last.stage.recipe, root)
+    recipe = last.stage.recipe
+    if isinstance(recipe, TokenizerRecipe):
+        return
+    model_folder = resolve_model_dir(last.folder)
+    report = evaluate_pipeline(recipe, root, model_folder, work_progress)
+    print_tables(report)
+    out = console.results()
+    out.out(f"report: {root / 'report.html'}, {root / 'report.md'}", highlight=False)
+    out.out(f"talk to it: rxlm chat {root}", highlight=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,14 +22,14 @@ def register(app: typer.Typer) -> None:
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe of one stage (YAML).")],
     overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045 (typer evaluates this on Python 3.10)
+        list[str] | None,
         typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that replace the recipe's."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and say what it takes; no training.")
     ] = False,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Run folder.  [default: runs/<recipe's folder>/<recipe>]"),
     ] = None,
 ) -> None:

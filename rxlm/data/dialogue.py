@@ -30,6 +30,10 @@ ItemType = TypeVar("ItemType")
 PREFIX_SHARE = 0.25
 ECHO_SHARE = 0.5
 FIXED_CHAT_SHARE = 0.5
+ONSETS = (*"bdfghjklmnprstvwz", "br", "dr", "gr", "kl", "pl", "st", "tr", "sh")
+VOWELS = tuple("aeiou")
+CODAS = ("", "", *"nrlsmxk")
+NUM_SYLLABLES = 2
 ALL_VALUES = tuple(value for values in POOLS.values() for value in values)
 
 
@@ -58,6 +62,14 @@ def capitalised(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
+def made_up_word(rng: random.Random, kind: FactKind) -> str:
+    """Return a word of two random syllables, such as "Brulom": one of about a million."""
+    word = "".join(
+        pick(rng, ONSETS) + pick(rng, VOWELS) + pick(rng, CODAS) for _ in range(NUM_SYLLABLES)
+    )
+    return capitalised(word) if KINDS_BY_NAME[kind.name].values[0][0].isupper() else word
+
+
 @dataclass(frozen=True)
 class ToldFact:
     """What was said last about one kind of fact."""
@@ -74,6 +86,7 @@ class Dialogue:
         rng: where all choices come from.
         values: per kind, the values that facts may take (training pairs).
         any_value: share of the facts whose value is taken from the pools of all kinds.
+        made_up: share of the facts whose value is a made-up word.
         held_out: per kind, the values that facts never take.
     """
 
@@ -82,10 +95,11 @@ class Dialogue:
         rng: random.Random,
         values: Mapping[str, tuple[str, ...]],
         any_value: float = 0.0,
+        made_up: float = 0.0,
         held_out: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.rng = rng
-        self._any_value = any_value
+        self._any_value, self._made_up = any_value, made_up
         self._held_out = held_out or {}
         self.turns: list[Interaction] = []
         self.told: dict[str, ToldFact] = {}
@@ -115,9 +129,13 @@ class Dialogue:
         """Return a free value that is not ``taken``: of the kind's pool, or sometimes of any.
 
         A value of another pool ("my favourite colour is Oslo") does not betray the kind it was
-        told for: only the binding in memory does. ``None`` when every value was used up.
+        told for: only the binding in memory does. A made-up word has to be copied piece by piece.
+        ``None`` when every value was used up.
         """
-        if self.rng.random() < self._any_value:
+        draw = self.rng.random()
+        if self._any_value <= draw < self._any_value + self._made_up:
+            return made_up_word(self.rng, kind)
+        if draw < self._any_value:
             never = self._held_out.get(kind.name, ())
             # Few of several hundred are excluded: drawing again is faster than listing the rest
             # (and in a dialogue so long that it fails, the kind's own pool will do).

@@ -41,16 +41,24 @@ class GeneratorConfig(Config):
     """Share of turns that ask for a fact never told."""
     question: float = Field(default=0.40, ge=0, le=1)
     """Share of turns that ask for a fact told earlier."""
-    any_value: float = Field(default=0.4, ge=0, lt=1)
+    any_value: float = Field(default=0.3, ge=0, lt=1)
     """Share of the facts whose value is taken from the pools of all kinds, not of its own ("my
     favourite colour is Oslo"). Such values do not betray what they were told for, so that the
     binding itself has to be remembered; without them a model knows a city when it sees one, and
     fails on pairs that it never met. Test dialogues (``probe``) use proper values only."""
+    made_up: float = Field(default=0.15, ge=0, lt=1)
+    """Share of the facts whose value is a made-up word of two syllables ("my name is Brulom"),
+    which a tokenizer cuts into pieces. Teaches to remember words that no list holds."""
     held_out_values: float = Field(default=0.1, ge=0, lt=1)
     """Share of the (kind, value) pairs that are never told outside ``unseen='pairs'`` probes."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> GeneratorConfig:
+        if self.any_value + self.made_up > 1:
+            raise ValueError(
+                f"any_value + made_up = {self.any_value + self.made_up:g}, expected at most 1 "
+                f"(the other facts have proper values): lower one of them"
+            )
         total = self.new_fact + self.update + self.unknown_question + self.question
         if total > 1 + 1e-9:
             raise ValueError(
@@ -93,7 +101,9 @@ class DialogueGenerator:
         if num_turns < 1:
             raise UserError(f"num_turns={num_turns}: expected at least 1.")
         rng = seeded("conversation", self.config.seed, split, index, num_turns)
-        dialogue = Dialogue(rng, self._common, self.config.any_value, self._held_out)
+        dialogue = Dialogue(
+            rng, self._common, self.config.any_value, self.config.made_up, self._held_out
+        )
         for _ in range(num_turns):
             self._random_turn(dialogue)
         return Conversation(
@@ -107,7 +117,7 @@ class DialogueGenerator:
         kind: Literal["recall", "update", "unknown"] = "recall",
         distance: int,
         num_facts: int,
-        unseen: Literal["none", "pairs", "templates"] = "none",
+        unseen: Literal["none", "pairs", "templates", "words"] = "none",
         split: str = "test",
     ) -> Conversation:
         """Return test dialogue ``index``; its last interaction is the question under test.
@@ -123,7 +133,7 @@ class DialogueGenerator:
                 (``'unknown'``: 11).
             unseen: ``'none'``: everything as in training; ``'pairs'``: the (kind, value) pair under
                 test is one never told in training; ``'templates'``: statement and question are
-                worded in a way held out of training.
+                worded in a way held out of training; ``'words'``: the value is a made-up word.
             split: ``unseen`` other than ``'none'`` exists in ``'test'`` only.
         """
         _check(index, split)

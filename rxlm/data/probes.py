@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from rxlm.data.conversations import Interaction
-from rxlm.data.dialogue import Dialogue, pick, shuffled
+from rxlm.data.dialogue import Dialogue, made_up_word, pick, shuffled
 from rxlm.data.facts import FACT_KINDS, KINDS_BY_NAME, FactKind
 from rxlm.errors import UserError
 
@@ -21,7 +21,7 @@ QUESTION_SHARE = 0.3
 """Of the turns between that tell nothing: how many ask for another fact."""
 PROBE_KINDS = ("recall", "update", "unknown")
 OLD = "old value"
-UNSEEN = ("none", "pairs", "templates")
+UNSEEN = ("none", "pairs", "templates", "words")
 
 Turn = Callable[[], None]
 Values = Mapping[str, tuple[str, ...]]
@@ -41,8 +41,10 @@ class ProbePlan:
             raise UserError(f"kind={self.kind!r}: expected one of {', '.join(PROBE_KINDS)}.")
         if self.unseen not in UNSEEN:
             raise UserError(f"unseen={self.unseen!r}: expected one of {', '.join(UNSEEN)}.")
-        if self.kind == "unknown" and self.unseen == "pairs":
-            raise UserError("kind='unknown' has no value, so unseen='pairs' does not apply to it.")
+        if self.kind == "unknown" and self.unseen in ("pairs", "words"):
+            raise UserError(
+                f"kind='unknown' has no value, so unseen={self.unseen!r} does not apply to it."
+            )
         if self.distance < 1:
             raise UserError(f"distance={self.distance}: expected at least 1 (the previous turn).")
         most = len(FACT_KINDS) - (self.kind == "unknown")
@@ -109,8 +111,11 @@ def _choose_values(
     if plan.kind == "update":
         keys.append((OLD, told))
     for key, kind in keys:
-        unseen = plan.unseen == "pairs" and key == told.name
-        pool = held_out[kind.name] if unseen else dialogue.free_values(kind)
+        special = plan.unseen if key == told.name else "none"
+        if special == "words":
+            values[key] = made_up_word(dialogue.rng, kind)
+            continue
+        pool = held_out[kind.name] if special == "pairs" else dialogue.free_values(kind)
         taken = set(values.values())
         values[key] = pick(dialogue.rng, [value for value in pool if value not in taken])
     return values

@@ -157,6 +157,10 @@ def _row(
     def share(name: str) -> float:
         return sum(getattr(score, name) for score in scores) / count
 
+    def guess(item: Interaction) -> float:
+        # What was never told cannot be guessed, and a made-up word is in no pool.
+        return 0.0 if item.value is None or item.fact is None else generator.chance(item.fact)
+
     return RecallRow(
         test=cell.test,
         unseen=cell.unseen,
@@ -170,13 +174,8 @@ def _row(
         value=share("value"),
         stale=share("stale"),
         declined=share("declined"),
-        chance=sum(_chance(generator, item) for item in asked) / count,
+        chance=0.0 if cell.unseen == "words" else sum(map(guess, asked)) / count,
     )
-
-
-def _chance(generator: DialogueGenerator, asked: Interaction) -> float:
-    """Return how often a guess is right; there is nothing to guess about what was never told."""
-    return 0.0 if asked.value is None or asked.fact is None else generator.chance(asked.fact)
 
 
 def _mistakes(

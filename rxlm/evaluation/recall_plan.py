@@ -15,7 +15,7 @@ from rxlm.data.generator import DialogueGenerator, GeneratorConfig
 from rxlm.evaluation.conditions import Condition
 
 Test = Literal["recall", "update", "unknown"]
-Unseen = Literal["none", "pairs", "templates"]
+Unseen = Literal["none", "pairs", "templates", "words"]
 History = Literal["reference", "own"]
 SEED_STRIDE = 1_200_000
 """Dialogues of seed s are numbers ``s * SEED_STRIDE ...``. A multiple of the number of fact kinds,
@@ -29,9 +29,10 @@ class RecallSettings(Config):
     """Turns between telling a fact and asking for it; 1 = the previous turn."""
     facts: tuple[PositiveInt, ...] = (1, 2, 4)
     """Facts held when the question comes. The tests beside the main one use the largest."""
-    unseen: tuple[Unseen, ...] = ("pairs", "none", "templates")
+    unseen: tuple[Unseen, ...] = ("pairs", "none", "templates", "words")
     """What is new to the model: ``pairs``: it never met this value for this kind of fact (the main
-    test); ``none``: nothing but the dialogue; ``templates``: the wording of fact and question."""
+    test); ``none``: nothing but the dialogue; ``templates``: the wording of fact and question;
+    ``words``: the value is a made-up word."""
     update_distances: tuple[PositiveInt, ...] = (1, 4, 8)
     """Turns since a fact was changed; ``()`` leaves the test of updates out."""
     unknown_distances: tuple[PositiveInt, ...] = (1, 4, 8)
@@ -95,7 +96,7 @@ def plan_cells(settings: RecallSettings) -> list[Cell]:
             for distance in settings.distances:
                 cells.append(Cell("recall", unseen, distance, facts, history, conditions))
     for unseen in settings.unseen:
-        if unseen != "templates":
+        if unseen in ("pairs", "none"):
             for distance in settings.update_distances:
                 cells.append(Cell("update", unseen, distance, most, history, conditions))
     # Of a fact never told no memory knows anything, so the controls would say nothing.

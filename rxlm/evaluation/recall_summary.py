@@ -189,8 +189,9 @@ def _figure(goal: Goal, rows: Sequence[RecallRow]) -> Figure:
 def _passes(goal: Goal, value: float) -> bool | None:
     if goal.goal is None:
         return None
+    # A share that is exactly the goal passes; the rounding of a difference must not decide.
     if goal.comparison == ">=":
-        return value >= goal.goal
+        return value >= goal.goal - 1e-9
     if goal.comparison == "<=":
-        return value <= goal.goal
-    return abs(value) <= goal.goal
+        return value <= goal.goal + 1e-9
+    return abs(value) <= goal.goal + 1e-9

@@ -19,6 +19,7 @@ UNSEEN_NAMES = {
     "pairs": "value new for its fact",
     "none": "only the dialogue",
     "templates": "wording",
+    "words": "made-up word",
 }
 CONDITION_NAMES = {
     "memory": "memory",
@@ -163,6 +164,21 @@ def mistakes_table(mistakes: Sequence[Mapping[str, Any]]) -> Table:
     return Table(
         "Some wrong answers", ("asked for", "told", "asked", "right", "given"), body, prose=True
     )
+
+
+def report_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of a report that have rows, the summary first."""
+    tables = []
+    recall = report["recall"]
+    if recall is not None:
+        main, history = recall["settings"]["unseen"][0], recall["settings"]["history"]
+        tables += [
+            goals_table(recall["summary"]),
+            recall_table(recall["rows"], main, history),
+            other_tests_table(recall["rows"], main),
+        ]
+    tables += [perplexity_table(result) for result in report["perplexity"]]
+    return [table for table in tables if table.rows]
 
 
 def _share_or_dash(rows: Sequence[RecallRow]) -> str:

@@ -20,7 +20,6 @@ from torch import Tensor
 from rxlm.configuration import Config
 from rxlm.errors import RunError
 
-
 MIN_TEMPERATURE = 1e-6
 """Dividing by less overflows; the result would be greedy anyway."""
 
@@ -56,7 +55,8 @@ class SamplingSettings(Config):
     def _temperature_not_negative(cls, value: float) -> float:
         if value != 0 and value < MIN_TEMPERATURE:
             raise ValueError(
-                f"temperature={value} must be 0 (greedy) or at least {MIN_TEMPERATURE}: use 0 or 0.7"
+                f"temperature={value} must be 0 (greedy) or at least {MIN_TEMPERATURE}: use 0 or "
+                "0.7"
             )
         return value
 

@@ -46,6 +46,8 @@ class OpenTurn:
     on_early_stop: EarlyStop
     left: bool = False
     """Whether the reader has left."""
+    written: WrittenTurn | None = None
+    """Set when the turn has entered memory."""
 
 
 class HeldConversation:
@@ -65,7 +67,7 @@ class HeldConversation:
         self._state = check_single(state)
         self._on_commit = on_commit
         self._open: OpenTurn | None = None
-        self._update: Future[WrittenTurn] | None = None
+        self._update: Future[None] | None = None
 
     @property
     def state(self) -> ConversationState:
@@ -94,12 +96,14 @@ class HeldConversation:
         """
         if self._update is not None:
             update, self._update = self._update, None
-            self._accept(update.result())
+            update.result()
+            self._accept()
         turn = self._open
         if turn is None:
             return
         if turn.stream.done or (turn.left and turn.on_early_stop == "commit"):
-            self._accept(self._write(turn))
+            self._write(turn)
+            self._accept()
         elif turn.left:
             self._open = None
 
@@ -148,41 +152,57 @@ class HeldConversation:
         """Yield the ids of the answer of ``turn``.
 
         Raises:
-            UserError: if another turn has begun meanwhile.
+            UserError: if the conversation went on without it: another turn has begun, or the
+                state was replaced.
         """
-        while True:
-            if self._open is not turn:
-                raise UserError(
-                    "this answer was ended because the conversation went on without it; read an "
-                    "answer to its end before the next turn."
-                )
+        while not turn.stream.done:
+            self._require_current(turn)
             step = next(turn.stream, None)
-            if step is None:
-                return
-            assert step[0] is not None, "a single conversation ends with its only row"
-            yield step[0]
+            if step is not None:
+                assert step[0] is not None, "a single conversation ends with its only row"
+                yield step[0]
 
     def commit(self, turn: OpenTurn) -> WrittenTurn:
-        """Write a finished turn into memory and go on from there."""
-        written = self._write(turn)
-        self._accept(written)
-        return written
+        """Write a finished turn into memory and go on from there.
+
+        Once only: the turn may have been committed already, by somebody who asked for the state.
+
+        Raises:
+            UserError: if the turn was dropped meanwhile.
+        """
+        if turn.written is None:
+            self._require_current(turn)
+            self.settle()
+        assert turn.written is not None, "settling writes a finished turn"
+        return turn.written
 
     def commit_in_background(self, turn: OpenTurn) -> None:
-        """Write a finished turn into memory on a worker thread; the next use waits for it."""
-        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rxlm-memory")
-        self._update = worker.submit(self._write, turn)
-        worker.shutdown(wait=False)
+        """As :meth:`commit`, on a worker thread; the next use of the conversation waits for it."""
+        if turn.written is None:
+            self._require_current(turn)
+            worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rxlm-memory")
+            self._update = worker.submit(self._write, turn)
+            worker.shutdown(wait=False)
 
-    def _write(self, turn: OpenTurn) -> WrittenTurn:
+    def _require_current(self, turn: OpenTurn) -> None:
+        if self._open is not turn:
+            raise UserError(
+                "this answer was ended because the conversation went on without it; read an "
+                "answer to its end before the next turn."
+            )
+
+    def _write(self, turn: OpenTurn) -> None:
+        # Also runs on the worker: touches nothing but the turn.
         started = time.perf_counter()
         answer = turn.stream.answers()[0]
         after = self.model.update_memory(turn.stream.state, [answer.turn])
         seconds = time.perf_counter() - started
-        return WrittenTurn(turn.before, after, turn.query, answer, seconds)
+        turn.written = WrittenTurn(turn.before, after, turn.query, answer, seconds)
 
-    def _accept(self, written: WrittenTurn) -> None:
-        self._open = None
+    def _accept(self) -> None:
+        """Go on from the open turn, which has been written."""
+        assert self._open is not None and self._open.written is not None
+        written, self._open = self._open.written, None
         self._state = written.after
         if self._on_commit is not None:
             self._on_commit(written)

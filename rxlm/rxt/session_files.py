@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from rxlm.rxt.state_files import (
     listing,
     read_json,
     read_tensors,
+    sync_directory,
     write_bytes,
     write_tensors,
 )
@@ -97,13 +99,32 @@ def write_session(directory: str | Path, session: StoredSession, overwrite: bool
         UserError: if the folder holds another session, or anything that is not a session.
         RunError: if the disk refuses; the session that was there is intact.
     """
-    folder = Path(directory)
+    folder = Path(directory).resolve()
     _check_target(folder, session.session_id, overwrite)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _keep_committed(folder)
+        if is_session_folder(folder):
+            _keep_committed(folder)
+            _write_files(folder, session)
+        else:
+            _write_folder(folder, session)
     except OSError as error:
-        raise RunError(f"could not write into {folder}: {error}.") from error
+        raise RunError(f"could not write {folder}: {error}.") from error
+
+
+def _write_folder(folder: Path, session: StoredSession) -> None:
+    """Write a folder that is not there yet (or is empty); it appears with all its files."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write_files(temporary, session)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_directory(folder.parent)
+
+
+def _write_files(folder: Path, session: StoredSession) -> None:
     states = {"slots": session.state}
     states |= {f"previous.{index}": state for index, state in enumerate(session.history)}
     tensors = {name: state.slots for name, state in states.items()}
@@ -201,8 +222,6 @@ def _check_target(folder: Path, session_id: str, overwrite: bool) -> None:
 
 def _keep_committed(folder: Path) -> None:
     """Put the files that ``meta.json`` names aside; it still finds them there."""
-    if not (folder / META_FILE).is_file():
-        return
     digests = read_json(folder / META_FILE).get("sha256", {})
     for name in (MEMORY_FILE, TURNS_FILE):
         path = folder / name

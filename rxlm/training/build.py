@@ -23,8 +23,8 @@ from rxlm.training.objectives.joint_lm import JointLMObjective
 from rxlm.training.objectives.memory_aware import MemoryAwareObjective
 from rxlm.training.objectives.memory_pretraining import MemoryPretrainingObjective
 from rxlm.training.objectives.model_objective import COMPONENTS, ModelObjective
-from rxlm.training.objectives.sft import SFTObjective
 from rxlm.training.objectives.row_windows import TextRows
+from rxlm.training.objectives.sft import SFTObjective
 from rxlm.training.recipe import diff_mappings
 from rxlm.training.recipes import (
     JointLMRecipe,

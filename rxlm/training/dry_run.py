@@ -17,8 +17,8 @@ from rxlm.rxt.saving import count_parameters
 from rxlm.tokenization import Tokenizer, train_tokenizer
 from rxlm.training.build import (
     StageInputs,
-    build_on_meta,
     build_objective,
+    build_on_meta,
     check_same_architecture,
     model_config,
 )

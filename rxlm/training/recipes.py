@@ -26,7 +26,7 @@ from rxlm.training.objectives.joint_lm import JointLMSettings
 from rxlm.training.objectives.memory_aware import MemoryAwareSettings
 from rxlm.training.objectives.memory_pretraining import MemoryPretrainingSettings
 from rxlm.training.objectives.sft import SFTSettings
-from rxlm.training.recipe import fingerprint, load_recipe, parse_recipe
+from rxlm.training.recipe import load_recipe, parse_recipe
 from rxlm.training.settings import TrainSettings
 from rxlm.training.tokenizer_stage import TokenizerStageSettings
 
@@ -234,7 +234,7 @@ def read_folder(folder: str | Path, overrides: Sequence[str] = ()) -> list[Stage
     """
     files = recipe_files(folder)
     stage_of = {path.stem: load_recipe(path).values.get("stage") for path in files}
-    known = {*stage_of, *stage_of.values()}
+    known = {*stage_of, *(str(stage) for stage in stage_of.values())}
     routed = [route_override(override, known) for override in overrides]
     stages = []
     for path in files:
@@ -243,7 +243,7 @@ def read_folder(folder: str | Path, overrides: Sequence[str] = ()) -> list[Stage
     return stages
 
 
-def route_override(override: str, stages: set[Any]) -> tuple[str | None, str]:
+def route_override(override: str, stages: set[str]) -> tuple[str | None, str]:
     """Split ``stage.a.b=c`` into the stage (``None``: every stage) and ``a.b=c``.
 
     ``tokenizer.vocab_size=500`` is the section of every recipe, ``tokenizer.data.seed=1`` the
@@ -288,8 +288,3 @@ def result_values(recipe: Recipe) -> dict[str, Any]:
     for name in _NO_EFFECT_ON_RESULT:
         del values["train"][name]
     return values
-
-
-def recipe_fingerprint(recipe: Recipe) -> str:
-    """Return 16 hexadecimal digits that change with what the stage makes."""
-    return fingerprint(result_values(recipe))

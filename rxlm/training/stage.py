@@ -19,14 +19,13 @@ from rxlm.rxt.model_folder import resolve_model_dir
 from rxlm.tokenization.storage import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from rxlm.training.build import StageInputs, build_model, build_objective
 from rxlm.training.checkpoint import find_latest
-from rxlm.training.recipe import diff_mappings
+from rxlm.training.recipe import diff_mappings, fingerprint, load_mapping
 from rxlm.training.recipes import (
     PREVIOUS,
     StageFile,
     TokenizerRecipe,
     read_recipe,
     recipe_files,
-    recipe_fingerprint,
     recipe_values,
     result_values,
 )
@@ -155,11 +154,9 @@ def changes(stage: StageFile, folder: Path) -> list[str]:
     differences = diff_mappings(result_values(stored), result_values(stage.recipe))
     recorded = _read_inputs(folder).get("init_from")
     if recorded and stage.recipe.init_from == PREVIOUS:
-        before = folder.parent / recorded["run"]
-        if (before / CONFIG_FILE).is_file():
-            now = recipe_fingerprint(read_recipe(before / CONFIG_FILE).recipe)
-            if now != recorded["recipe"]:
-                differences.append(f"init_from: {recorded['run']} was trained again since")
+        config = folder.parent / recorded["run"] / CONFIG_FILE
+        if config.is_file() and fingerprint(load_mapping(config)) != recorded["recipe"]:
+            differences.append(f"init_from: {recorded['run']} was trained again since")
     return differences
 
 
@@ -181,7 +178,7 @@ def write_inputs(stage: StageFile, folder: Path, tokenizer_fingerprint: str) -> 
         origin = {
             "run": name,
             "checkpoint": checkpoint.name,
-            "recipe": recipe_fingerprint(read_recipe(before / CONFIG_FILE).recipe),
+            "recipe": fingerprint(load_mapping(before / CONFIG_FILE)),
         }
     content = {"init_from": origin, "tokenizer": tokenizer_fingerprint}
     write_atomically(folder / INPUTS_FILE, json.dumps(content, indent=2) + "\n")

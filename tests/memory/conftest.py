@@ -79,9 +79,7 @@ def small_memory(
     if randomized:
         with torch.no_grad():
             for name, parameter in memory.named_parameters():
-                if name.endswith("norm.scale"):
-                    parameter.add_(torch.randn_like(parameter) * 0.3)
-                elif "gate" in name:
+                if name.endswith("norm.scale") or "gate" in name:
                     parameter.add_(torch.randn_like(parameter) * 0.3)
     return memory
 

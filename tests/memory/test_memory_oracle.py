@@ -103,9 +103,7 @@ def gated(gate: ResidualGate, layer: int, old: Tensor, new: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def written_out(
-    memory: MemoryAttention, slots: Tensor, states: Tensor, key_mask: Tensor
-) -> Tensor:
+def written_out(memory: MemoryAttention, slots: Tensor, states: Tensor, key_mask: Tensor) -> Tensor:
     """Return the memory after a turn; arguments as of :class:`MemoryAttention`, in float64."""
     settings = memory.settings
     num_layers, batch_size = slots.shape[:2]

@@ -209,7 +209,7 @@ def test_query_key_norm_comes_before_the_rotation() -> None:
     attention = attention_of(query_key_norm=True)
     x = torch.randn(2, 5, 24)
     phases = phases_of(5)
-    split = x.shape[:2] + (4, 6)
+    split = (*x.shape[:2], 4, 6)
     query = F.rms_norm(attention.query(x).view(split), (6,), attention.query_norm.weight, 1e-6)
     key = F.rms_norm(attention.key(x).view(split), (6,), attention.key_norm.weight, 1e-6)
     query, key = (apply_rotary(part, phases).transpose(1, 2) for part in (query, key))

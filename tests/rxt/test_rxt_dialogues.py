@@ -23,15 +23,8 @@ from rxlm.rxt.dialogues import (
     group_of,
     whole_dialogues,
 )
-from rxlm.tokenization import Tokenizer, TokenizerTraining, train_tokenizer
+from rxlm.tokenization import Tokenizer
 from rxlm.tokenization.template import EncodedTurn, encode_interaction, encode_system
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    """A tokenizer of little more than bytes."""
-    texts = ["my name is ann", "what is my name", "your name is ann", "nice to meet you"]
-    return train_tokenizer(texts, TokenizerTraining(vocab_size=280))
 
 
 def conversation(*turns: tuple[str, str], system: str | None = None) -> Conversation:
@@ -47,14 +40,14 @@ RAGGED = (
 
 
 def content(rows: tuple[Rows, ...]) -> list[tuple[int, list[int], list[int], int]]:
-    """Return (index, ids, target ids, group) of every row of every bucket, sorted."""
+    """Return (place, ids, target ids, group) of every row of every bucket, sorted."""
     found = []
     for bucket in rows:
-        for r in range(len(bucket.index)):
+        for r in range(len(bucket.place)):
             ids, mask, targets = bucket.ids[r], bucket.mask[r], bucket.targets[r]
             found.append(
                 (
-                    int(bucket.index[r]),
+                    int(bucket.place[r]),
                     ids[mask].tolist(),
                     ids[targets].tolist(),
                     int(bucket.group[r]),
@@ -63,26 +56,28 @@ def content(rows: tuple[Rows, ...]) -> list[tuple[int, list[int], list[int], int
     return sorted(found)
 
 
-def batch_of(tokenizer: Tokenizer, num_buckets: int = 3) -> DialogueBatch:
-    return whole_dialogues(RAGGED, TurnEncoder(tokenizer, 200), num_buckets=num_buckets)
+def batch_of(tiny_tokenizer: Tokenizer, num_buckets: int = 3) -> DialogueBatch:
+    return whole_dialogues(RAGGED, TurnEncoder(tiny_tokenizer, 200), num_buckets=num_buckets)
 
 
 @pytest.mark.parametrize("num_buckets", [1, 2, 3, 50])
-def test_every_turn_is_encoded_and_answered_once(tokenizer: Tokenizer, num_buckets: int) -> None:
+def test_every_turn_is_encoded_and_answered_once(
+    tiny_tokenizer: Tokenizer, num_buckets: int
+) -> None:
     """Catches a turn that is lost, doubled, or filed under another dialogue or position, and a
     system prompt that is answered or not counted as turn 0."""
     expected_encode, expected_answer = [], []
     for b, item in enumerate(RAGGED):
-        turns = [encode_interaction(tokenizer, i.query, i.answer) for i in item.interactions]
+        turns = [encode_interaction(tiny_tokenizer, i.query, i.answer) for i in item.interactions]
         first = 0
         if item.system:
-            expected_encode.append((b, encode_system(tokenizer, item.system), [], 0))
+            expected_encode.append((b, encode_system(tiny_tokenizer, item.system), [], 0))
             first = 1
         for n, turn in enumerate(turns, start=first):
             row = (n * 3 + b, turn.ids, turn.ids[turn.answer_start :], 0)
             expected_encode.append(row)
             expected_answer.append(row)
-    batch = batch_of(tokenizer, num_buckets)
+    batch = batch_of(tiny_tokenizer, num_buckets)
     assert content(batch.encode) == sorted(expected_encode)
     assert content(batch.answer) == sorted(expected_answer)
     assert (batch.num_dialogues, batch.num_turns) == (3, 3)
@@ -91,28 +86,28 @@ def test_every_turn_is_encoded_and_answered_once(tokenizer: Tokenizer, num_bucke
     )
 
 
-def test_targets_are_the_answer_with_its_marks(tokenizer: Tokenizer) -> None:
+def test_targets_are_the_answer_with_its_marks(tiny_tokenizer: Tokenizer) -> None:
     """Catches a model that never learns to begin ([A]) or to end ([EOS]), or that learns to
     speak for the user."""
-    for bucket in batch_of(tokenizer).answer:
+    for bucket in batch_of(tiny_tokenizer).answer:
         for ids, targets in zip(bucket.ids, bucket.targets, strict=True):
             learned = ids[targets].tolist()
-            assert learned[0] == tokenizer.answer_id and learned[-1] == tokenizer.eos_id
-            assert tokenizer.query_id not in learned and tokenizer.pad_id not in learned
+            assert learned[0] == tiny_tokenizer.answer_id and learned[-1] == tiny_tokenizer.eos_id
+            assert tiny_tokenizer.query_id not in learned and tiny_tokenizer.pad_id not in learned
             rest = ids[~targets].tolist()
-            assert tokenizer.answer_id not in rest and tokenizer.eos_id not in rest
+            assert tiny_tokenizer.answer_id not in rest and tiny_tokenizer.eos_id not in rest
             spans = targets.nonzero().flatten()
             assert torch.equal(spans, torch.arange(int(spans[0]), int(spans[-1]) + 1))
 
 
-def test_rows_are_padded_on_the_right_only(tokenizer: Tokenizer) -> None:
+def test_rows_are_padded_on_the_right_only(tiny_tokenizer: Tokenizer) -> None:
     """Catches a mask that hides text, shows padding, or leaves a hole."""
-    for bucket in (*batch_of(tokenizer).encode, *batch_of(tokenizer).answer):
+    for bucket in (*batch_of(tiny_tokenizer).encode, *batch_of(tiny_tokenizer).answer):
         lengths = bucket.mask.sum(dim=1)
         assert torch.equal(bucket.mask, torch.arange(bucket.ids.shape[1]) < lengths[:, None])
-        assert (bucket.ids[~bucket.mask] == tokenizer.pad_id).all()
+        assert (bucket.ids[~bucket.mask] == tiny_tokenizer.pad_id).all()
         assert not (bucket.targets & ~bucket.mask).any()
-        assert bucket.ids.dtype == bucket.index.dtype == bucket.group.dtype == torch.int64
+        assert bucket.ids.dtype == bucket.place.dtype == bucket.group.dtype == torch.int64
 
 
 @given(
@@ -133,49 +128,53 @@ def test_buckets_share_out_rows_by_length(lengths: list[int], num_buckets: int) 
         sizes = bucket.mask.sum(dim=1)
         assert bucket.ids.shape[1] == sizes.max() and sizes.min() >= previous
         previous = int(sizes.max())
-    expected = [(row.index, row.turn.ids, row.turn.ids[len(row.turn.ids) // 2 :], row.group)
+    expected = [(row.place, row.turn.ids, row.turn.ids[len(row.turn.ids) // 2 :], row.group)
                 for row in rows]  # fmt: skip
     assert content(buckets) == expected
 
 
-def test_a_turn_that_does_not_fit_is_refused(tokenizer: Tokenizer) -> None:
+def test_a_turn_that_does_not_fit_is_refused(tiny_tokenizer: Tokenizer) -> None:
     """Catches silent truncation: the message says how long the turn is, what the limit is, which
     turn it is and what to do; a turn of exactly the limit fits."""
-    length = len(encode_interaction(tokenizer, "what is my name", "ann").ids)
-    assert len(TurnEncoder(tokenizer, length).interaction("what is my name", "ann").ids) == length
+    length = len(encode_interaction(tiny_tokenizer, "what is my name", "ann").ids)
+    assert (
+        len(TurnEncoder(tiny_tokenizer, length).interaction("what is my name", "ann").ids) == length
+    )
     with pytest.raises(UserError) as caught:
-        TurnEncoder(tokenizer, length - 1).interaction("what is my name", "ann")
+        TurnEncoder(tiny_tokenizer, length - 1).interaction("what is my name", "ann")
     message = str(caught.value)
     for part in (f"{length} tokens", f"seq_len={length - 1}", "what is my name", "too_long"):
         assert part in message
-    system = len(encode_system(tokenizer, "be kind"))
-    assert len(TurnEncoder(tokenizer, system).system("be kind").ids) == system
+    system = len(encode_system(tiny_tokenizer, "be kind"))
+    assert len(TurnEncoder(tiny_tokenizer, system).system("be kind").ids) == system
     with pytest.raises(UserError, match=f"system prompt has {system} tokens.*seq_len={system - 1}"):
-        TurnEncoder(tokenizer, system - 1).system("be kind")
+        TurnEncoder(tiny_tokenizer, system - 1).system("be kind")
 
 
 @pytest.mark.parametrize("cache_size", [0, 1, 100])
-def test_remembered_turns_are_the_right_ones(tokenizer: Tokenizer, cache_size: int) -> None:
+def test_remembered_turns_are_the_right_ones(tiny_tokenizer: Tokenizer, cache_size: int) -> None:
     """Catches a cache keyed by the query alone, and one that stops encoding when it is full."""
-    encoder = TurnEncoder(tokenizer, 100, cache_size=cache_size)
+    encoder = TurnEncoder(tiny_tokenizer, 100, cache_size=cache_size)
     for query, answer in (("a", "b"), ("a", "c"), ("ab", ""), ("a", "b")):
-        assert encoder.interaction(query, answer) == encode_interaction(tokenizer, query, answer)
+        assert encoder.interaction(query, answer) == encode_interaction(
+            tiny_tokenizer, query, answer
+        )
 
 
-def test_kinds_of_turns_are_measured_apart(tokenizer: Tokenizer) -> None:
+def test_kinds_of_turns_are_measured_apart(tiny_tokenizer: Tokenizer) -> None:
     """Catches questions about facts counted as small talk, which hides that nothing is recalled."""
     kinds = {"chat": "chat", "fact": "chat", "update": "chat", "question": "recall",
              "unknown": "unknown"}  # fmt: skip
     turns = tuple(Interaction(f"q{n}", "a", kind=kind) for n, kind in enumerate(kinds))
     assert [GROUPS[group_of(turn)] for turn in turns] == list(kinds.values())
-    batch = whole_dialogues([Conversation(turns)], TurnEncoder(tokenizer, 50))
+    batch = whole_dialogues([Conversation(turns)], TurnEncoder(tiny_tokenizer, 50))
     groups = [GROUPS[group] for _, _, _, group in content(batch.answer)]
     assert groups == list(kinds.values())
 
 
-def test_nothing_to_answer_is_an_empty_batch(tokenizer: Tokenizer) -> None:
+def test_nothing_to_answer_is_an_empty_batch(tiny_tokenizer: Tokenizer) -> None:
     """Catches a crash on a batch whose turns are all written and none is answered."""
-    turn = encode_interaction(tokenizer, "a", "b")
+    turn = encode_interaction(tiny_tokenizer, "a", "b")
     batch = dialogue_batch(
         [Row(turn, 0, 0)], [], num_dialogues=1, num_turns=1, num_buckets=2, pad_id=0
     )

@@ -56,7 +56,9 @@ def test_prefill_and_steps_equal_one_full_forward(
             new = nn.functional.pad(ids[:, start : start + piece], (left, right))
             mask = torch.zeros_like(new, dtype=torch.bool)
             mask[:, left : left + piece] = True
-            before = None if cache is None else [key_value.key.clone() for key_value in cache.layers]
+            before = (
+                None if cache is None else [key_value.key.clone() for key_value in cache.layers]
+            )
             part, next_cache = model.decoder(new, mask, memory=memory, cache=cache)
             if cache is not None and before is not None:
                 for key_value, key in zip(cache.layers, before, strict=True):
@@ -130,8 +132,6 @@ def test_generation_leaves_the_state_alone(model: RxTAlpha) -> None:
 @pytest.mark.parametrize("max_seq_len", [8, 20, 48, None])
 def test_a_cut_answer_leaves_room_for_eos(model: RxTAlpha, max_seq_len: int | None) -> None:
     """Catches turns longer than the limit, or without [EOS], entering memory."""
-    never_ends = [answer for answer in model.generate(remembering(model, 1), [PROMPTS[0]], GREEDY)]
-    assert never_ends[0][0].reason == "length"
     answer = model.generate(
         remembering(model, 1), [PROMPTS[0]], GREEDY, max_seq_len=max_seq_len
     ).answers[0]

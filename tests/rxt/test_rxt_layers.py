@@ -27,7 +27,9 @@ CAUSAL = visible_keys(None, 5, 5, causal=True, device=torch.device("cpu"))
 def config_of(**fields: Any) -> RxTComponentConfig:
     """Return a configuration of width 24 with four heads of width 6."""
     sizes = {"num_layers": 3, "vocab_size": 11, "embed_dim": 24, "att_heads": 4, "ff_dim": 20}
-    return RxTComponentConfig(**{**sizes, "self_att_type": "mha", "cross_att_type": "mha", **fields})
+    return RxTComponentConfig(
+        **{**sizes, "self_att_type": "mha", "cross_att_type": "mha", **fields}
+    )
 
 
 def layer_of(

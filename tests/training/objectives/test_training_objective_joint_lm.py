@@ -19,7 +19,8 @@ def settings(**values: Any) -> JointLMSettings:
 
 
 def joint(tiny: Any, model: Any = None, **values: Any) -> Any:
-    options = {name: values.pop(name) for name in ("train", "valid") if name in values}
+    names = ("train", "valid", "seed", "accumulation")
+    options = {name: values.pop(name) for name in names if name in values}
     return tiny.objective(JointLMObjective, settings(**values), model, **options)
 
 
@@ -89,6 +90,19 @@ def test_the_decoder_sees_the_text_without_masks(tiny: Any) -> None:
     batch = joint(tiny).batch(0, 0).dialogues
     assert not any((rows.ids == tiny.tokenizer.mask_id).any() for rows in batch.answer)
     assert all((rows.ids == tiny.tokenizer.mask_id).any() for rows in batch.encode)
+
+
+def test_masks_and_noise_change_with_step_micro_step_and_seed(tiny: Any) -> None:
+    """The same tokens hidden in every epoch, so that the others are never learned."""
+    source = tiny.chat(("hello there, how are you?", "I am fine, thank you very much."))
+    one = joint(tiny, train=source, accumulation=2)
+    other = joint(tiny, train=source, seed=1)
+    batches = [one.batch(0, 0), one.batch(0, 1), one.batch(1, 0), other.batch(0, 0)]
+    hidden = [torch.cat([rows.targets for rows in item.dialogues.encode]) for item in batches]
+    assert all(not torch.equal(hidden[i], hidden[j]) for i in range(4) for j in range(i)), (
+        "the data is the same in all of them"
+    )
+    assert len({item.noise_seed for item in batches}) == 4
 
 
 def gradients(objective: Any) -> dict[str, float]:
@@ -233,7 +247,8 @@ def test_plain_text_trains_like_dialogues(tiny: Any) -> None:
     }
     assert all(any(piece.strip() in text for text in TEXTS) for piece in decoded)
     assert objective.loss(batch, 0).loss.isfinite()
-    assert objective.validate()["lm_loss"] > 0
+    with torch.no_grad():
+        assert objective.validate()["lm_loss"] > 0
 
 
 @pytest.mark.parametrize("texts", [[], [""]])

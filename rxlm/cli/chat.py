@@ -1,0 +1,182 @@
+"""``rxlm chat MODEL_DIR``: talk to a model in the terminal, or over a pipe.
+
+On a terminal answers stream, and Ctrl-C stops the answer, not the program. In a pipe every line of
+standard input is a query, and standard output holds the answers and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rxlm.cli import console
+from rxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from rxlm.cli.chat_loop import Chat
+    from rxlm.ops.sampling import SamplingSettings
+
+PROMPT = "> "
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``chat`` to the command line."""
+    app.command("chat")(chat)
+
+
+def chat(
+    model_dir: Annotated[
+        str, typer.Argument(help="A pipeline's folder, a run, a checkpoint or a model folder.")
+    ],
+    session: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Go on with this conversation; saved after every turn."),
+    ] = None,
+    sessions_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where conversations are saved.  [default: MODEL_DIR/sessions]"),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(help="System prompt of new conversations."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0: the most likely answer; higher: more varied.  [default: 0]"),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Choose among the k most likely tokens."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Choose among the most likely tokens that make up this probability."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Leave out tokens less likely than this share of the most likely one."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Above 1: tokens of the answer come less often again."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random draws.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads; small models are fastest on one.")
+    ] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Talk to a model. In the conversation, /help lists the commands."""
+    from rxlm.cli.chat_loop import Chat
+    from rxlm.rxt.models import RxTAlpha
+    from rxlm.training.device import cpu_threads, resolve_device
+
+    with cpu_threads(threads):
+        settings = _settings(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        model = RxTAlpha.from_pretrained(model_dir, device=resolve_device(device))
+        talk = Chat(
+            model,
+            sessions_dir or default_sessions_dir(model_dir),
+            say=_say,
+            tell=_tell,
+            system=system,
+            seed=seed,
+            settings=settings,
+        )
+        if session is not None:
+            talk.open(session)
+        if sys.stdin.isatty():
+            _tell(f"{model_dir}: /help lists the commands, Ctrl-C stops an answer")
+            with _stop_answer_on_interrupt(talk):
+                talk.run(_typed_lines(), forgiving=True)
+        else:
+            talk.run(_piped_lines(), forgiving=False)
+
+
+def default_sessions_dir(model_dir: str) -> Path:
+    """Return where the conversations with a model are saved by default.
+
+    Beside the checkpoints of a run, not inside one: old checkpoints are deleted.
+
+    Raises:
+        UserError: for a model of the Hub, which has no folder of its own.
+    """
+    if model_dir.startswith("hf://"):
+        raise UserError(f"{model_dir} has no folder for conversations: give --sessions-dir.")
+    path = Path(model_dir)
+    if path.resolve().parent.name == "checkpoints":
+        path = path.resolve().parent.parent
+    return path / "sessions"
+
+
+def _settings(**given: float | int | None) -> SamplingSettings | None:
+    """Return the settings that were given; ``None`` when none were."""
+    from rxlm.ops.sampling import SamplingSettings
+
+    values = {name: value for name, value in given.items() if value is not None}
+    if not values:
+        return None
+    return SamplingSettings.parse({"temperature": 0.0, **values}, "decoding")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _tell(text: str) -> None:
+    console.messages().out(text, highlight=False, style="dim" if sys.stderr.isatty() else None)
+
+
+def _typed_lines() -> Iterator[str]:
+    """Yield what is typed until Ctrl-D; Ctrl-C while typing clears the line."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (importing it gives input() editing and history)
+    while True:
+        try:
+            yield input(PROMPT)
+        except KeyboardInterrupt:
+            _tell("\n(/quit or Ctrl-D leaves)")
+        except EOFError:
+            _say("\n")
+            return
+
+
+def _piped_lines() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text ({error}).") from None
+
+
+@contextlib.contextmanager
+def _stop_answer_on_interrupt(talk: Chat) -> Iterator[None]:
+    """Let Ctrl-C end the answer that is being written; while typing, it means what it always does.
+
+    The part of the answer that was shown is remembered.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if talk.answering:
+            talk.session.stop()
+        else:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,291 @@
+"""The conversation behind ``rxlm chat``: lines in, streamed answers and slash commands out.
+
+Lines come from anywhere (a terminal, a pipe, a test). Answers go to ``say``, everything about the
+conversation to ``tell``. Not here: options, prompts and signals (``chat``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from rxlm.ops.sampling import SamplingSettings
+    from rxlm.rxt.models import RxTAlpha
+    from rxlm.rxt.session import Event, Session, Stats
+
+COMMANDS = {
+    "/new": "/new [NAME]     start over with an empty memory (and keep it as NAME)",
+    "/save": "/save [NAME]    save now, and after every turn from now on",
+    "/load": "/load NAME      go on with a saved conversation",
+    "/undo": "/undo [N]       forget the last turn (or the last N)",
+    "/retry": "/retry          forget the last answer and ask again",
+    "/memory": "/memory         what the memory looks like",
+    "/stats": "/stats          speed of the last answer, length of the conversation",
+    "/help": "/help           this list",
+    "/quit": "/quit           leave (also Ctrl-D)",
+}
+TAKE_A_WORD = ("/new", "/save", "/load", "/undo")
+_NAME = re.compile(r"\w[\w.-]*\Z")
+RETRY_TEMPERATURE = 0.8
+"""Greedy decoding would only repeat its answer."""
+
+
+class Chat:
+    """One conversation at a time, saved after every turn once it has a name."""
+
+    def __init__(
+        self,
+        model: RxTAlpha,
+        folder: Path,
+        *,
+        say: Callable[[str], None],
+        tell: Callable[[str], None],
+        system: str | None = None,
+        seed: int = 0,
+        settings: SamplingSettings | None = None,
+    ) -> None:
+        """Begin an unsaved conversation.
+
+        Args:
+            model: with its tokenizer.
+            folder: where saved conversations lie, a folder each.
+            say: shows a piece of an answer, as it comes.
+            tell: shows a line about the conversation.
+            system: system prompt of new conversations.
+            seed: of their random draws.
+            settings: how tokens are chosen; None: greedy, or as a loaded conversation has it.
+        """
+        self.model = model
+        self.folder = folder
+        self.name: str | None = None
+        self._say, self._tell = say, tell
+        self._system, self._seed, self._settings = system, seed, settings
+        self.answering = False
+        """Whether an answer is being shown."""
+        self._stats: Stats | None = None
+        self._write_size: float | None = None
+        self.session = self._new_session()
+
+    def open(self, name: str) -> None:
+        """Go on with the conversation ``name``, or begin it.
+
+        Raises:
+            UserError: when it cannot be read or is another model's.
+        """
+        if (self._path(name) / "meta.json").exists():
+            self.load(name)
+        else:
+            self.name = name
+            self.session.name = name
+
+    def load(self, name: str) -> None:
+        """Go on with a saved conversation.
+
+        Raises:
+            UserError: when there is none of that name, or it cannot be read.
+        """
+        path = self._path(name)
+        if not path.is_dir():
+            saved = ", ".join(self.saved()) or "none"
+            raise UserError(f"no conversation '{name}' in {self.folder} (there is: {saved}).")
+        from rxlm.rxt.session import Session
+
+        self.session = Session.load(path, self.model)
+        if self._settings is not None:
+            self.session.settings = self._settings
+        self.name = name
+        self._stats = self._write_size = None
+        self._tell(f"going on with '{name}' after {len(self.session.turns)} turns")
+
+    def saved(self) -> list[str]:
+        """Return the names of the saved conversations."""
+        return sorted(path.parent.name for path in self.folder.glob("*/meta.json"))
+
+    def run(self, lines: Iterable[str], *, forgiving: bool) -> None:
+        """Answer lines until they end or say ``/quit``.
+
+        Args:
+            lines: what the user says, and slash commands; ``//text`` says ``/text``.
+            forgiving: whether a line that cannot be used is only reported.
+
+        Raises:
+            UserError: for a line that cannot be used, unless ``forgiving``.
+        """
+        for line in lines:
+            text = line.strip()
+            if not text:
+                continue
+            try:
+                if text.startswith("/") and not text.startswith("//"):
+                    if not self._command(*text.split()):
+                        return
+                else:
+                    self.answer(text[1:] if text.startswith("//") else text)
+            except UserError as error:
+                if not forgiving:
+                    raise
+                self._tell(str(error))
+
+    def answer(self, text: str) -> None:
+        """Answer one query, then save if the conversation has a name."""
+        self._show(self.session.interact(text))
+
+    def _show(self, events: Iterator[Event]) -> None:
+        self.answering = True
+        try:
+            self._show_events(events)
+        finally:
+            self.answering = False
+        self._save_if_named()
+
+    def _show_events(self, events: Iterator[Event]) -> None:
+        from rxlm.rxt.session import MemoryUpdated, TextDelta, TurnEnd
+
+        for event in events:
+            if isinstance(event, TextDelta):
+                self._say(event.text)
+            elif isinstance(event, TurnEnd):
+                self._say("\n")
+                if event.reason != "eos":
+                    why = {"length": "the turn is full", "stopped": "stopped"}[event.reason]
+                    self._tell(f"[{why}]")
+            elif isinstance(event, MemoryUpdated):
+                self._write_size = event.write_size
+            else:
+                self._stats = event
+
+    def _command(self, name: str, *arguments: str) -> bool:
+        """Run a slash command; return whether the conversation goes on."""
+        if name == "/quit":
+            return False
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see /help."
+            raise UserError(f"unknown command {name}: {hint} (//... says it to the model)")
+        if len(arguments) > 1:
+            raise UserError(f"too many words. {COMMANDS[name]}")
+        action: dict[str, Callable[..., None]] = {
+            "/new": self._new,
+            "/save": self._save,
+            "/load": self._load,
+            "/undo": self._undo,
+            "/retry": self._retry,
+            "/memory": self._show_memory,
+            "/stats": self._show_stats,
+            "/help": self._help,
+        }
+        if arguments and name not in TAKE_A_WORD:
+            raise UserError(f"{name} takes no further word.")
+        action[name](*arguments)
+        return True
+
+    def _new(self, name: str | None = None) -> None:
+        if name is not None and self._path(name).exists():
+            raise UserError(f"'{name}' exists already: /load {name}, or choose another name.")
+        self.session = self._new_session()
+        self.session.name = self.name = name
+        self._stats = self._write_size = None
+        kept = f"kept as '{name}'" if name else "/save NAME keeps it"
+        self._tell(f"a new conversation ({kept})")
+
+    def _save(self, name: str | None = None) -> None:
+        name = name or self.name
+        if name is None:
+            raise UserError("this conversation has no name yet: /save NAME")
+        self.session.save(self._path(name))
+        self.session.name = self.name = name
+        self._tell(f"saved in {self._path(name)}")
+
+    def _load(self, name: str | None = None) -> None:
+        if name is None:
+            raise UserError(
+                f"which one? /load NAME (there is: {', '.join(self.saved()) or 'none'})"
+            )
+        self.load(name)
+
+    def _undo(self, count: str = "1") -> None:
+        if not count.isdecimal():
+            raise UserError(f"'{count}' is no number of turns. {COMMANDS['/undo']}")
+        if not self.session.turns:
+            raise UserError("there is no turn to forget.")
+        for turn in self.session.undo(int(count)):
+            self._tell(f"forgotten: {turn.query}")
+        self._save_if_named()
+
+    def _retry(self) -> None:
+        if not self.session.turns:
+            raise UserError("there is no answer to try again.")
+        settings = self.session.settings
+        if settings.temperature == 0:
+            settings = settings.model_copy(update={"temperature": RETRY_TEMPERATURE})
+            self._tell(f"[at temperature {RETRY_TEMPERATURE}: greedy would repeat the answer]")
+        self._show(self.session.retry(settings=settings))
+
+    def _show_memory(self) -> None:
+        state = self.session.state
+        slots = state.slots[:, 0].float()
+        start = self.model.new_conversation(seed=state.seeds[0]).slots[:, 0].float()
+        num_layers, num_slots, dim = slots.shape
+        self._tell(
+            f"{num_layers} layers x {num_slots} slots x {dim} = {slots.numel():,} numbers, "
+            f"{slots.numel() * slots.element_size():,} bytes, whatever the length"
+        )
+        for layer in range(num_layers):
+            size = slots[layer].norm(dim=-1)
+            changed = (slots[layer] - start[layer]).norm(dim=-1)
+            most = changed.topk(min(4, num_slots)).indices.tolist()
+            self._tell(
+                f"layer {layer + 1}: slot norm {float(size.mean()):.2f} "
+                f"({float(size.min()):.2f} to {float(size.max()):.2f}), change since the start "
+                f"{float(changed.mean()):.2f}, most in slots {', '.join(map(str, most))}"
+            )
+        if self._write_size is not None:
+            self._tell(f"the last turn changed it by {100 * self._write_size:.0f} %")
+
+    def _show_stats(self) -> None:
+        for line in self._stats_lines():
+            self._tell(line)
+
+    def _stats_lines(self) -> Iterator[str]:
+        num_turns = len(self.session.turns)
+        tokenizer = self.model.require_tokenizer()
+        texts = [text for turn in self.session.turns for text in (turn.query, turn.answer)]
+        num_tokens = sum(map(len, tokenizer.encode_batch(texts))) if texts else 0
+        yield f"{num_turns} turns, {num_tokens} tokens; kept as: {self.name or '(nothing)'}"
+        if self._stats is not None:
+            memory = self._stats.memory_seconds
+            update = "" if memory is None else f", memory update {1000 * memory:.1f} ms"
+            yield (
+                f"last answer: {self._stats.tokens} tokens, "
+                f"{self._stats.tokens_per_second:.0f} tokens/s{update}"
+            )
+        yield f"decoding: {self.session.settings.model_dump(exclude_none=True)}"
+        yield f"device: {self.model.device}"
+
+    def _help(self) -> None:
+        for line in COMMANDS.values():
+            self._tell(line)
+
+    def _save_if_named(self) -> None:
+        if self.name is not None:
+            self.session.save(self._path(self.name))
+
+    def _new_session(self) -> Session:
+        from rxlm.ops.sampling import SamplingSettings
+
+        settings = self._settings or SamplingSettings(temperature=0.0)
+        return self.model.session(system=self._system, seed=self._seed, settings=settings)
+
+    def _path(self, name: str) -> Path:
+        if not _NAME.match(name):
+            raise UserError(
+                f"'{name}' cannot be the name of a conversation: use letters, digits, '-', '_' "
+                "and '.'."
+            )
+        return self.folder / name
