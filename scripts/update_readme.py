@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rxlm.errors import RunError, UserError
+from rxlm.evaluation.recall_summary import mean_chance, pool
 from rxlm.evaluation.report import read_json
-from rxlm.evaluation.result_tables import percent, recall_table
-from rxlm.evaluation.tables import markdown_table
+from rxlm.evaluation.result_tables import UNSEEN_NAMES, percent
+from rxlm.evaluation.rows import RecallRow, matching
+from rxlm.evaluation.tables import Table, markdown_table
 from rxlm.rxt.state_files import write_bytes
 from rxlm.training.final_evaluation import REPORT_FILE
 from rxlm.training.run_folder import read_status
@@ -69,11 +70,11 @@ def fill(text: str, blocks: Mapping[str, str]) -> str:
     """
     for name, content in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        block = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if text.count(begin) != 1 or len(block.findall(text)) != 1:
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed) or begin in rest:
             raise UserError(f"expected one block '{begin} ... {end}' in the README.")
-        replacement = f"{begin}\n{content}\n{end}"
-        text = block.sub(lambda _, replacement=replacement: replacement, text)
+        text = f"{before}{begin}\n{content}\n{end}{after}"
     return text
 
 
@@ -99,15 +100,14 @@ def render_blocks(run: Path) -> dict[str, str]:
 
 def render_transcript(parts: Sequence[Sequence[Sequence[Any]]]) -> str:
     """Return the parts of a conversation, one turn a line, with the restart between them."""
-    turns = [
-        [(asked[0], asked[2], answered[2]) for asked, answered in _pairs(part)] for part in parts
-    ]
-    width = max(len(query) for part in turns for _, query, _ in part)
-    shown = [
-        "\n".join(f"{turn:2}  {query:{width}}  {answer}" for turn, query, answer in part)
-        for part in turns
-    ]
-    restart = "\n\n--- saved; the program ends, a new one loads the conversation ---\n\n"
+    width = max(len(line[2]) for part in parts for line in part[0::2])
+    shown = []
+    for part in parts:
+        # Query and answer take turns in a report.
+        pairs = zip(part[0::2], part[1::2], strict=True)
+        lines = [f"{asked[0]:2}  {asked[2]:{width}}  {answered[2]}" for asked, answered in pairs]
+        shown.append("\n".join(line.rstrip() for line in lines))
+    restart = "\n\n--- saved; the program ends, and a new one loads the conversation ---\n\n"
     return f"```text\n{restart.join(shown)}\n```"
 
 
@@ -115,29 +115,54 @@ def render_recall(report: Mapping[str, Any], minutes: float) -> str:
     """Return the recall table, the figures below it, and how they were made."""
     recall, model, environment = report["recall"], report["model"], report["environment"]
     settings = recall["settings"]
-    table = recall_table(recall["rows"], settings["unseen"][0], settings["history"])
-    figures = {figure["name"]: figure for figure in recall["summary"]}
-    others = "; ".join(
-        f"{figures[name]['label']}: {percent(figures[name]['value'])} %"
-        for name in FIGURES
-        if name in figures
-    )
-    seeds = len(settings["seeds"])
-    memory = f"{model['num_layers']} layers x {model['num_slots']} slots x {model['dim']} numbers"
+    figures = [figure for figure in recall["summary"] if figure["name"] in FIGURES]
+    others = "; ".join(f"{item['label']}: {percent(item['value'])} %" for item in figures)
+    main = settings["unseen"][0]
+    table = recall_table(recall["rows"], main)
+    count, seeds = settings["dialogues"], len(settings["seeds"])
+    threads = environment["num_threads"]
     return "\n".join(
         [
-            f"**{table.title}.** {table.note}",
+            "**What it remembers.** Percent of facts recalled word for word, by the turns since "
+            "they were told and the number of facts held. New to the model: "
+            f"{UNSEEN_NAMES[main]}. Zeroed and swapped are controls: the memory is emptied, or is "
+            "that of another conversation.",
             "",
-            markdown_table(table._replace(note="")).rstrip(),
+            markdown_table(table).rstrip(),
             "",
-            f"{others}. {seeds} seeds, {settings['dialogues']} dialogues for each seed and cell.",
+            f"{others[:1].upper()}{others[1:]}. Each entry is of {count} dialogues for each of "
+            f"{seeds} seeds.",
             "",
-            f"{model['num_parameters']:,} parameters; the memory is {memory}. Trained in "
-            f"{minutes:.1f} minutes on {environment['num_cpus']} CPU cores, torch "
-            f"{environment['torch']}. Commands: `make quickstart`; "
-            "`python scripts/update_readme.py runs/nano` copied this from its report.",
+            f"{model['num_parameters']:,} parameters; a memory of {model['num_layers']} layers x "
+            f"{model['num_slots']} slots x {model['dim']} numbers; {minutes:.1f} minutes of "
+            f"training steps, {threads} thread{'s' * (threads > 1)} on a machine with "
+            f"{environment['num_cpus']} CPU cores, torch {environment['torch']}. Printed by "
+            "`make quickstart`, with 95 % intervals and more in its `runs/nano/report.md`; copied "
+            "from there by `python scripts/update_readme.py runs/nano`.",
         ]
     )
+
+
+def recall_table(rows: Sequence[RecallRow], main: str) -> Table:
+    """Return the main test without its intervals: a first page has no room for them.
+
+    Args:
+        rows: of the recall test.
+        main: the ``unseen`` of the main test.
+    """
+    chosen = matching(rows, test="recall", unseen=main, history="reference")
+    columns: dict[str, dict[str, Any]] = {
+        f"{count} fact{'s' * (count > 1)}": {"facts": count, "condition": "memory"}
+        for count in sorted({row["facts"] for row in chosen})
+    }
+    columns |= {name: {"condition": name} for name in ("zeroed", "swapped")}
+    columns = {name: wanted for name, wanted in columns.items() if matching(chosen, **wanted)}
+    body = []
+    for distance in sorted({row["distance"] for row in chosen}):
+        at = matching(chosen, distance=distance)
+        cells = [percent(pool(matching(at, **wanted)).mean) for wanted in columns.values()]
+        body.append((str(distance), *cells, percent(mean_chance(at))))
+    return Table("", ("turns ago", *columns, "chance"), body)
 
 
 def training_minutes(run: Path) -> float:
@@ -157,11 +182,6 @@ def training_minutes(run: Path) -> float:
         what = f"unfinished stages ({', '.join(unfinished)})" if unfinished else "no stages"
         raise UserError(f"{run} has {what}: finish it with 'rxlm pipeline run'.")
     return sum(status.seconds for status in statuses.values() if status is not None) / 60
-
-
-def _pairs(lines: Sequence[Sequence[Any]]) -> list[tuple[Sequence[Any], Sequence[Any]]]:
-    """Return (query, answer) of each turn: they take turns in the report."""
-    return list(zip(lines[0::2], lines[1::2], strict=True))
 
 
 if __name__ == "__main__":

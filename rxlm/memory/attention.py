@@ -121,6 +121,26 @@ class StackedAttention(nn.Module):
         mixed = attend(query, key_value.key, key_value.value, mask, dropout=dropout).flatten(-2)
         return _layerwise(mixed.view(num_layers, batch_size, *mixed.shape[1:]), self.output)
 
+    def weights(self, x: Tensor, keys: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Return the attention weights of :meth:`forward`, ``[L, B, max(H, G), S, P]``, fp32.
+
+        Args:
+            x: ``[L, B, S, D]``.
+            keys: ``[L, B, P, G, K]``.
+            key_mask: bool ``[B, P]``; rows without a real key get equal weights.
+        """
+        heads = self.heads
+        count = max(heads.num_heads, heads.num_key_value_heads)
+        query = _layerwise(x, self.query).unflatten(-1, (heads.num_heads, heads.head_dim))
+        query = query.repeat_interleave(count // heads.num_heads, dim=3)
+        keys = keys.repeat_interleave(count // heads.num_key_value_heads, dim=3)
+        scores = torch.einsum("lbshk,lbphk->lbhsp", query, keys).float() * heads.head_dim**-0.5
+        if key_mask is not None:
+            # The lowest finite number, not -inf: a row without any key would be NaN.
+            lowest = torch.finfo(torch.float32).min
+            scores = scores.masked_fill(~key_mask[None, :, None, None, :], lowest)
+        return scores.softmax(dim=-1)
+
     def _split(self, x: Tensor, num_heads: int) -> Tensor:
         num_layers, batch_size, length, _ = x.shape
         return x.reshape(num_layers * batch_size, length, num_heads, self.heads.head_dim)
@@ -220,13 +240,28 @@ class MemoryAttention(nn.Module):
         """Write one projected turn into the slots; arguments as in :meth:`forward`."""
         mask = visible_keys(key_mask, 1, encoded.key.shape[1], causal=False, device=slots.device)
         mixed = self._mix(slots)
-        query = self.slot_norm(mixed)
-        if self.settings.slot_identity:
-            query = query + self.slot_identity
-        written = self.gate(mixed, self.write_attention(query, encoded, mask))
+        written = self.gate(mixed, self.write_attention(self._question(mixed), encoded, mask))
         if key_mask is None:
             return written
         return torch.where(key_mask.any(dim=1)[None, :, None, None], written, slots)
+
+    def write_weights(
+        self, slots: Tensor, states: Tensor, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return how much each slot attends to each token of the turn that :meth:`forward` writes.
+
+        The readable twin of what happens inside the fused kernel; arguments as there.
+
+        Returns:
+            fp32 weights ``[L, B, max(H, G), S, T]`` that sum to one over the real tokens.
+        """
+        query = self._question(self._mix(slots))
+        keys = self.project(states, key_mask).key.unflatten(0, slots.shape[:2])
+        return self.write_attention.weights(query, keys, key_mask)
+
+    def _question(self, mixed: Tensor) -> Tensor:
+        query = self.slot_norm(mixed)
+        return query + self.slot_identity if self.settings.slot_identity else query
 
     def _mix(self, slots: Tensor) -> Tensor:
         """Let slots attend to slots, as the variant says, before they read the turn."""

@@ -115,10 +115,14 @@ def save_checkpoint(
         os.replace(temporary, final)
         _sync(root)
         _write_marker(final, {"step": step, "score": score._asdict() if score else None})
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RunError) as error:
         if not (final / MARKER).exists():
             shutil.rmtree(final, ignore_errors=True)
-        raise RunError(_describe_failed_save(final, error, num_bytes)) from error
+        # A writer of model files may have wrapped what the disk said.
+        reason = error.__cause__ if isinstance(error, RunError) else error
+        if not isinstance(reason, (OSError, SafetensorError)):
+            raise
+        raise RunError(_describe_failed_save(final, reason, num_bytes)) from error
     finally:
         # Also on KeyboardInterrupt; after the rename there is nothing to remove.
         shutil.rmtree(temporary, ignore_errors=True)

@@ -42,6 +42,7 @@ def open_texts(data: DataConfig, split: Literal["train", "valid"] = "train") -> 
     every = max(2, round(1 / data.valid_fraction))
     # From the end, so that there is one even if there are fewer documents than that.
     held_out = set(range(len(documents) - 1, -1, -every))
-    logger.info("%s: %d of %d documents are held out", data.text, len(held_out), len(documents))
     wanted = split == "valid"
+    if wanted:
+        logger.info("%s: %d of %d documents are held out", data.text, len(held_out), len(documents))
     return [text for index, text in enumerate(documents) if (index in held_out) == wanted]

@@ -17,11 +17,11 @@ def test_trained_tokenizer_can_be_shown(
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(["the cat sat on the mat"] * 20), encoding="utf-8")
     out = tmp_path / "tokenizer"
-    assert main(["tokenizer", "train", str(texts), "--out", str(out), "--vocab-size", "280"]) == 0
-    assert "280 ids" in capsys.readouterr().out
+    assert main(["tokenizer", "train", str(texts), "--out", str(out), "--vocab-size", "275"]) == 0
+    assert "275 ids" in capsys.readouterr().out
     assert main(["tokenizer", "show", str(out), "the cat [EOS] é", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["vocab_size"] == 280
+    assert report["vocab_size"] == 275
     assert report["special_tokens"]["[EOS]"] == 3
     assert report["text"]["decodes_to_itself"]
     assert not set(report["text"]["ids"]) & set(report["special_tokens"].values())
@@ -30,7 +30,7 @@ def test_trained_tokenizer_can_be_shown(
 
 
 def test_existing_tokenizer_is_not_replaced_unless_asked(
-    tmp_path: Path, micro_pipeline: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a tokenizer lost to a repeated command."""
     texts = tmp_path / "texts.txt"

@@ -114,7 +114,9 @@ def test_the_start_page_lists_every_page() -> None:
 
 def test_the_readme_tree_lists_every_package() -> None:
     """A package that was added, renamed or removed while the file tree stayed as it was."""
-    trees = [block.text for block in blocks_of(ROOT / "README.md", "text") if "rxlm/\n" in block.text]
+    trees = [
+        block.text for block in blocks_of(ROOT / "README.md", "text") if "rxlm/\n" in block.text
+    ]
     assert len(trees) == 1
     listed = set(re.findall(r"^  (\w+)/ ", trees[0], re.MULTILINE))
     present = {path.parent.name for path in (ROOT / "rxlm").glob("*/__init__.py")}
@@ -179,7 +181,10 @@ def follow(root: Any, words: list[str]) -> tuple[Any, list[str], list[str]]:
 
 @pytest.mark.parametrize(
     "line",
-    [pytest.param(line, id=f"{line.where} {' '.join(line.words)}") for line in command_lines("rxlm")],
+    [
+        pytest.param(line, id=f"{line.where} {' '.join(line.words)}")
+        for line in command_lines("rxlm")
+    ],
 )
 def test_every_command_can_be_typed(line: CommandLine) -> None:
     """A command, an option or a setting that does not exist (any more)."""
@@ -327,7 +332,9 @@ def settings_in(page: Path, heading: str, name_column: int, default_column: int)
     text = page.read_text(encoding="utf-8")
     section = re.split(rf"^#+ {re.escape(heading)}$", text, flags=re.MULTILINE)[1]
     section = re.split(r"^#+ ", _FENCE.sub("", section), flags=re.MULTILINE)[0]
-    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    assert table is not None, f"{page.name}: no table under '{heading}'"
+    rows = [line.strip("|").split("|") for line in table[0].splitlines()]
     return [
         Setting(re.findall(r"`([\w.]+)`", row[name_column]), row[default_column].strip())
         for row in rows[2:]
@@ -366,6 +373,7 @@ TABLES: list[tuple[str, str, type[Config], tuple[int, int]]] = [
     ("stages.md", "Your own recipes", MemoryAwareRecipe, (0, 1)),
     ("checkpoints.md", "Which checkpoints are kept", TrainSettings, (0, 1)),
     ("data.md", "The built-in dialogues", GeneratorConfig, (1, 2)),
+    ("data.md", "Values", GeneratorConfig, (0, 1)),
 ]
 
 
@@ -390,5 +398,7 @@ def test_documented_sft_defaults() -> None:
     """The defaults of SFT that differ from joint LM's are named in a sentence."""
     text = (DOCS / "stages.md").read_text(encoding="utf-8")
     sft = OBJECTIVE["sft"]()
-    sentence = f"with `turns: {sft.turns}`, `dialogues: {sft.dialogues}` and `context: {sft.context}`"
+    sentence = (
+        f"with `turns: {sft.turns}`, `dialogues: {sft.dialogues}` and `context: {sft.context}`"
+    )
     assert sentence in " ".join(text.split())

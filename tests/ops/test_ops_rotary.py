@@ -54,7 +54,7 @@ def test_far_positions_stay_distinct_in_bf16() -> None:
 
 def test_odd_head_dim_is_refused_with_remedy() -> None:
     """Silently dropping a channel would be worse than an error."""
-    with pytest.raises(ValueError, match="head_dim=7 is odd.*even"):
+    with pytest.raises(ValueError, match=r"head_dim=7 is odd.*even"):
         rotary_phases(torch.arange(3), 7)
 
 

@@ -96,8 +96,11 @@ def select_backend(
     if backend == "torch":
         return BackendChoice("torch", "asked for")
     device = torch.device(device)
-    obstacle = _obstacle_of_call(mechanism, form, device, dtype, key_dim, needs_gradient)
-    obstacle = obstacle or why_fla_cannot_run(device.type)
+    if device.type != "cuda":
+        obstacle: str | None = f"fla needs a CUDA device and the tensors are on {device.type!r}"
+    else:
+        obstacle = _obstacle_of_call(mechanism, form, dtype, key_dim, needs_gradient)
+        obstacle = obstacle or why_fla_cannot_run()
     if obstacle is None:
         return BackendChoice("fla", "asked for" if backend == "fla" else "fla can run here")
     if backend == "fla":
@@ -109,13 +112,11 @@ def select_backend(
 
 
 @functools.cache
-def why_fla_cannot_run(device_type: str = "cuda") -> str | None:
-    """Return why fla's kernels cannot run on this kind of device, or None if they can.
+def why_fla_cannot_run() -> str | None:
+    """Return why fla's kernels cannot run on this machine, or None if they can.
 
     Imports triton and fla only when everything that can be looked up without them is in order.
     """
-    if device_type != "cuda":
-        return f"fla needs a CUDA device and the tensors are on {device_type!r}"
     if not torch.cuda.is_available():
         return "this PyTorch sees no CUDA device"
     for module, remedy in (("triton", "install triton"), ("fla", "pip install 'fla-core>=0.5'")):
@@ -193,16 +194,9 @@ def run_fla(
 
 
 def _obstacle_of_call(
-    mechanism: str,
-    form: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    key_dim: int,
-    needs_gradient: bool,
+    mechanism: str, form: str, dtype: torch.dtype, key_dim: int, needs_gradient: bool
 ) -> str | None:
     """Why fla cannot do this call although it may do others."""
-    if device.type != "cuda":
-        return None  # reported by why_fla_cannot_run
     if dtype == torch.float64:
         return "fla has no float64"
     if dtype == torch.float16 and mechanism == "kda":
@@ -218,7 +212,7 @@ def _triton_defect() -> str | None:
     """Triton 3.4 to 3.7.0 gives wrong gate gradients on Hopper; fla refuses it (its issue 640)."""
     version = importlib.metadata.version("triton")
     on_hopper = torch.cuda.get_device_capability()[0] == 9
-    if on_hopper and (3, 4) <= _release(version) and _release(version, 3) < (3, 7, 1):
+    if on_hopper and _release(version) >= (3, 4) and _release(version, 3) < (3, 7, 1):
         return f"triton {version} miscompiles fla's gradients on this GPU (install triton>=3.7.1)"
     return None
 

@@ -53,8 +53,7 @@ def chunked(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Ten
 
 def _segment(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """Run over consecutive chunks whose intermediate results are held together."""
-    batch, length, num_heads, key_dim = tokens.query.shape
-    value_dim = tokens.value.shape[-1]
+    batch, length, num_heads, value_dim = tokens.value.shape
     query = _to_chunks(tokens.query, chunk_size)
     key = _to_chunks(tokens.key, chunk_size)
     value = _to_chunks(tokens.value, chunk_size)

@@ -1,4 +1,4 @@
-"""What goes into linear attention: checks, padding as identity steps, the layout of the torch forms.
+"""What goes into linear attention: checks, padding as identity steps, what the torch forms read.
 
 Padding is turned into steps that change nothing (no decay, nothing written, nothing erased,
 nothing read), so a padded token leaves no trace wherever it stands and whatever it holds.

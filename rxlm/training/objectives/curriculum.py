@@ -6,7 +6,10 @@ again by the Trainer, because the starts are part of the objective's ``batch_sta
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
+
+from pydantic import Field
 
 from rxlm.configuration import Config
 
@@ -14,18 +17,18 @@ from rxlm.configuration import Config
 class Phase(Config):
     """One phase of the curriculum."""
 
-    turns: int = 8
+    turns: int = Field(default=8, gt=0)
     """Turns of a dialogue window (at most)."""
-    dialogues: int = 8
+    dialogues: int = Field(default=8, gt=0)
     """Dialogues in a batch."""
     reads: Literal["memory", "history"] = "memory"
     """What answers are read from: the memory, or the raw encoder states of all earlier turns
     (oracle warm-up: learns to encode, look up and copy before learning to write)."""
-    steps: int | None = None
+    steps: int | None = Field(default=None, gt=0)
     """Steps after which the next phase begins; None = until the end of training."""
-    min_steps: int = 0
+    min_steps: int = Field(default=0, ge=0)
     """Steps before accuracy may end the phase."""
-    advance_accuracy: float | None = None
+    advance_accuracy: float | None = Field(default=None, gt=0, le=1)
     """Share of exactly right answers (running mean over training batches) that ends the phase."""
 
 
@@ -47,10 +50,11 @@ class Curriculum:
 
         Args:
             step: the step that was just taken.
-            accuracy: share of recall answers of its batch that were exactly right, if any.
+            accuracy: share of the questions of its batch that were answered exactly; ``None``
+                or NaN if there were none.
         """
         index, phase = self.phase(step)
-        if accuracy is not None:
+        if accuracy is not None and not math.isnan(accuracy):
             previous = accuracy if self._accuracy is None else self._accuracy
             self._accuracy = 0.97 * previous + 0.03 * accuracy
         if index == len(self.phases) - 1:

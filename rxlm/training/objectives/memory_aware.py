@@ -10,6 +10,7 @@ Shapes: L layers, B dialogues, N turns, R rows, S slots, D width.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from rxlm.configuration import Config
-from rxlm.data.conversations import Conversation
 from rxlm.data.conversation_source import ConversationSource
+from rxlm.data.conversations import Conversation
 from rxlm.rxt.dialogues import (
     GROUPS,
     DialogueBatch,
@@ -91,18 +92,16 @@ class MemoryAwareObjective(ModelObjective):
         """Return the batch of a step: a pure function of seed, step and the phase."""
         _, phase = self.curriculum.phase(step)
         first = (step * self.accumulation + micro_step) * phase.dialogues
-        rng = random.Random(f"{self.seed}/{step}/{micro_step}")
         conversations = [
             self.train_source.sample(first + offset, phase.turns)
             for offset in range(phase.dialogues)
         ]
-        return self._batch(conversations, first, rng, self.settings.chat_answers)
+        return self._batch(conversations, first, self.settings.chat_answers)
 
     def _batch(
         self,
         conversations: list[Conversation],
         first: int,
-        rng: random.Random,
         chat_answers: float,
     ) -> DialogueBatch:
         count = len(conversations)
@@ -110,6 +109,8 @@ class MemoryAwareObjective(ModelObjective):
         encode: list[Row] = []
         answer: list[Row] = []
         for b, conversation in enumerate(conversations):
+            # By position, so that 1 x 8 and 8 x 1 dialogues train on the same answers.
+            rng = random.Random(f"{self.seed}/{first + b}")
             start = 0
             if conversation.system:
                 encode.append(Row(self.turns.system(conversation.system), b, 0))
@@ -142,6 +143,10 @@ class MemoryAwareObjective(ModelObjective):
         """Return the mean cross-entropy over target tokens."""
         _, phase = self.curriculum.phase(step)
         answers = self._answers(batch, phase)
+        if not answers:
+            # Small talk only, none of it drawn: nothing to learn, but a graph to go backward in.
+            nothing = self.model.encoder.embedding.weight.sum() * 0.0
+            return StepOutput(nothing, 0, {}, batch.num_tokens)
         logits = torch.cat([item.logits for item in answers])
         labels = torch.cat([item.labels for item in answers])
         loss = torch.nn.functional.cross_entropy(logits.float(), labels)
@@ -149,7 +154,7 @@ class MemoryAwareObjective(ModelObjective):
         with torch.no_grad():
             exact, group = _exact_and_group(answers)
             asked = group != GROUPS.index("chat") if self.train_source.has_probes else group >= 0
-            metrics["accuracy"] = exact[asked].float().mean() if asked.any() else 0.0
+            metrics["accuracy"] = exact[asked].float().mean() if asked.any() else math.nan
             metrics["perplexity"] = loss.detach().exp()
         return StepOutput(loss, labels.numel(), metrics, batch.num_tokens)
 
@@ -182,7 +187,7 @@ class MemoryAwareObjective(ModelObjective):
                 self.valid_source.sample(position, phase.turns)
                 for position in range(first, min(first + phase.dialogues, total))
             ]
-            batch = self._batch(conversations, first, random.Random(f"valid/{first}"), 1.0)
+            batch = self._batch(conversations, first, chat_answers=1.0)
             answers = self._answers(self.to_device(batch), phase)
             for item in answers:
                 losses += torch.nn.functional.cross_entropy(

@@ -187,7 +187,7 @@ def align_by_content(
     Returns:
         ``[L, F, S, D]``; arbitrary for turns that do not exist.
     """
-    weights = write_weights(memory_attention, slots, encoded).mean(dim=2)
+    weights = memory_attention.write_weights(slots, encoded.states, encoded.mask).mean(dim=2)
     token = weights.argmax(dim=-1)
     return encoded.states.gather(2, token[..., None].expand(-1, -1, -1, slots.shape[-1]))
 
@@ -210,39 +210,6 @@ def align_by_position(encoded: EncodedTurns, num_slots: int) -> Tensor:
     flat = torch.arange(states.shape[1], device=states.device)[:, None]
     fraction = (position - lower)[..., None].to(states.dtype)
     return torch.lerp(states[:, flat, lower], states[:, flat, upper], fraction)
-
-
-def write_weights(
-    memory_attention: MemoryAttention, slots: Tensor, encoded: EncodedTurns
-) -> Tensor:
-    """Return how much each slot attends to each token of the turn that is being written.
-
-    The readable twin of what :meth:`MemoryAttention.write` computes inside a fused kernel.
-
-    Args:
-        memory_attention: the writer.
-        slots: memory before each turn, ``[L, F, S, D]``.
-        encoded: the turns, ``[L, F, T, D]``.
-
-    Returns:
-        weights ``[L, F, H, S, T]`` that sum to one over the real tokens.
-    """
-    attention = memory_attention.write_attention
-    query = memory_attention.slot_norm(memory_attention._mix(slots))
-    if memory_attention.settings.slot_identity:
-        query = query + memory_attention.slot_identity
-    heads = attention.heads
-    queries = torch.einsum("lfsd,lde->lfse", query, attention.query)
-    queries = queries.unflatten(-1, (heads.num_heads, heads.head_dim))
-    keys = memory_attention.project(encoded.states, encoded.mask).key
-    keys = keys.unflatten(0, (slots.shape[0], slots.shape[1]))
-    num_heads = max(heads.num_heads, heads.num_key_value_heads)
-    queries = queries.repeat_interleave(num_heads // heads.num_heads, dim=3)
-    keys = keys.repeat_interleave(num_heads // heads.num_key_value_heads, dim=3)
-    scores = torch.einsum("lfshk,lfthk->lfhst", queries, keys) * heads.head_dim**-0.5
-    visible = encoded.mask[None, :, None, None, :]
-    # The lowest finite number, not -inf: turns that do not exist would give NaN.
-    return scores.float().masked_fill(~visible, torch.finfo(torch.float32).min).softmax(dim=-1)
 
 
 def _turn_numbers(batch: DialogueBatch, device: torch.device) -> Tensor:

@@ -15,7 +15,6 @@ from rxlm.training.objectives.memory_pretraining import (
     MemoryPretrainingSettings,
     align_by_content,
     align_by_position,
-    write_weights,
 )
 
 
@@ -70,7 +69,7 @@ def test_write_weights_are_those_of_the_write(memory: dict[str, Any], tiny: Any)
     attention = tiny.model(**memory).memory_attention
     encoded = random_turns([7, 5, 3])
     slots = attention.initial(3) + torch.randn(2, 3, 8, 16)
-    weights = write_weights(attention, slots, encoded)
+    weights = attention.write_weights(slots, encoded.states, encoded.mask)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
     assert (weights.permute(1, 4, 0, 2, 3)[~encoded.mask] == 0).all()
     key_value = attention.project(encoded.states, encoded.mask)
@@ -89,7 +88,7 @@ def test_content_alignment_takes_the_token_that_is_read_most(tiny: Any) -> None:
     encoded = random_turns([7, 5])
     slots = torch.randn(2, 2, 8, 16)
     aligned = align_by_content(attention, slots, encoded)
-    weights = write_weights(attention, slots, encoded).mean(dim=2)
+    weights = attention.write_weights(slots, encoded.states, encoded.mask).mean(dim=2)
     for layer in range(2):
         for flat in range(2):
             for slot in range(8):

@@ -1,0 +1,208 @@
+"""``rxlm chat``: over a pipe, across restarts, its commands, and Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rxlm.cli.chat import _stop_answer_on_interrupt, default_sessions_dir
+from rxlm.cli.chat_loop import COMMANDS, Chat
+from rxlm.cli.main import main
+from rxlm.errors import UserError
+from rxlm.rxt.models import RxTAlpha
+from rxlm.rxt.session import Session
+
+LINES = ["My name is Ann.", "How are you?", "What is my name?"]
+SAMPLED = ("--temperature", "1.0", "--seed", "5")
+
+
+@pytest.fixture
+def model(micro_pipeline: Path) -> RxTAlpha:
+    """The (nearly untrained) model of the micro pipeline."""
+    return RxTAlpha.from_pretrained(micro_pipeline)
+
+
+class Talk:
+    """A chat whose output is kept."""
+
+    def __init__(self, model: RxTAlpha, folder: Path) -> None:
+        self.said: list[str] = []
+        self.told: list[str] = []
+        self.chat = Chat(model, folder, say=self.said.append, tell=self.told.append)
+
+    def run(self, *lines: str) -> str:
+        """Run lines; return what was told about the conversation."""
+        self.told.clear()
+        self.chat.run(lines, forgiving=True)
+        return "\n".join(self.told)
+
+
+@pytest.fixture
+def talk(model: RxTAlpha, tmp_path: Path) -> Talk:
+    """A chat with the micro model."""
+    return Talk(model, tmp_path / "sessions")
+
+
+def pipe(
+    monkeypatch: pytest.MonkeyPatch, text: str, model_dir: Path, sessions: Path, *words: str
+) -> int:
+    """Run ``rxlm chat`` in this process with ``text`` as standard input."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    return main(["chat", str(model_dir), "--sessions-dir", str(sessions), *words])
+
+
+def test_session_survives_a_restart(
+    micro_pipeline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a conversation that goes on differently after the program was started again."""
+    words = ("--session", "ann", *SAMPLED)
+    uninterrupted = "\n".join(LINES)
+    assert pipe(monkeypatch, uninterrupted, micro_pipeline, tmp_path / "one", *words) == 0
+    wanted = capsys.readouterr().out
+
+    assert pipe(monkeypatch, "\n".join(LINES[:2]), micro_pipeline, tmp_path / "two", *words) == 0
+    first = capsys.readouterr().out
+    command = [sys.executable, "-m", "rxlm", "chat", str(micro_pipeline), "--session", "ann"]
+    second = subprocess.run(
+        [*command, "--sessions-dir", str(tmp_path / "two")],
+        input=LINES[2],
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
+    )
+    assert first + second.stdout == wanted
+    assert "going on with 'ann' after 2 turns" in second.stderr
+
+
+def test_pipe_prints_answers_only(
+    micro_pipeline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: RxTAlpha,
+) -> None:
+    """Catches prompts or notes among the answers, which a script would take for answers."""
+    assert pipe(monkeypatch, f"{LINES[0]}\n\n/stats\n/quit\nnever", micro_pipeline, tmp_path) == 0
+    captured = capsys.readouterr()
+    answer = model.session(settings={"temperature": 0.0}).ask(LINES[0])
+    assert captured.out == f"{answer}\n"
+    assert "1 turns" in captured.err
+    assert not list(tmp_path.iterdir()), "a conversation without a name is not saved"
+
+
+def test_query_that_does_not_fit_is_status_2_and_loses_nothing(
+    micro_pipeline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: RxTAlpha,
+) -> None:
+    """Catches a long query that is cut silently, or that takes the conversation with it."""
+    text = f"{LINES[0]}\n{'word ' * 500}\n"
+    assert pipe(monkeypatch, text, micro_pipeline, tmp_path, "--session", "ann") == 2
+    assert "the query has" in capsys.readouterr().err
+    assert len(Session.load(tmp_path / "ann", model).turns) == 1
+
+
+def test_unusable_options_are_status_2(
+    micro_pipeline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a traceback for a model that is not there, a bad number or a bad name."""
+    for words, message in (
+        (("--temperature", "-1"), "temperature=-1.0 must be 0"),
+        (("--session", "../x"), "cannot be the name of a conversation"),
+        (("--device", "abacus"), "device='abacus'"),
+    ):
+        assert pipe(monkeypatch, "hello", micro_pipeline, tmp_path, *words) == 2
+        assert message in capsys.readouterr().err
+    assert pipe(monkeypatch, "hello", tmp_path / "none", tmp_path) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(model: RxTAlpha, tmp_path: Path) -> None:
+    """Catches Ctrl-C that ends the program, loses the turn, or stops every later answer."""
+    told: list[str] = []
+
+    def interrupt(text: str) -> None:
+        if text.strip() and not chat.session.turns:
+            signal.raise_signal(signal.SIGINT)
+
+    chat = Chat(model, tmp_path, say=interrupt, tell=told.append)
+    with _stop_answer_on_interrupt(chat):
+        chat.run(LINES[:2], forgiving=True)
+        assert "[stopped]" in told
+        assert [turn.query for turn in chat.session.turns] == LINES[:2]
+        first, second = (turn.answer for turn in chat.session.turns)
+        assert len(first) < len(second)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_undo_and_retry(talk: Talk) -> None:
+    """Catches a turn that is taken back from the text but not from the memory."""
+    talk.run(LINES[0])
+    slots = talk.chat.session.state.slots.clone()
+    assert talk.run(LINES[1], "/undo") == f"[the turn is full]\nforgotten: {LINES[1]}"
+    assert talk.chat.session.state.slots.equal(slots)
+    told = talk.run("/retry")
+    assert "greedy would repeat the answer" in told
+    assert [turn.query for turn in talk.chat.session.turns] == [LINES[0]]
+    assert "cannot take back 9" in talk.run("/undo 9")
+    assert "is no number of turns" in talk.run("/undo x")
+    talk.run("/undo")
+    assert "there is no turn to forget" in talk.run("/undo")
+    assert "there is no answer to try again" in talk.run("/retry")
+
+
+def test_save_new_and_load(talk: Talk, model: RxTAlpha) -> None:
+    """Catches /new going on in the old memory, or overwriting the saved conversation."""
+    assert "has no name yet" in talk.run("/save")
+    talk.run(LINES[0], "/save ann", LINES[1])
+    assert len(Session.load(talk.chat.folder / "ann", model).turns) == 2
+    assert "a new conversation" in talk.run("/new")
+    assert not talk.chat.session.turns
+    talk.run(LINES[2])
+    assert len(Session.load(talk.chat.folder / "ann", model).turns) == 2
+    assert "'ann' exists already" in talk.run("/new ann")
+    assert "there is: ann" in talk.run("/load bob")
+    assert "which one?" in talk.run("/load")
+    assert "after 2 turns" in talk.run("/load ann")
+    assert "ann holds another session" in talk.run("/new", "/save ann").replace("'", "") or (
+        "ann" in "".join(talk.told)
+    )
+    assert len(Session.load(talk.chat.folder / "ann", model).turns) == 2
+
+
+def test_commands_are_listed_known_and_escaped(talk: Talk) -> None:
+    """Catches a command that is listed but not understood, and text lost to a slash."""
+    told = talk.run("/help")
+    assert all(name in told for name in COMMANDS)
+    assert "numbers" in talk.run("/memory")
+    talk.run("hello")
+    assert "tokens/s" in talk.run("/stats")
+    assert "changed it by" in talk.run("/memory")
+    assert "did you mean /stats?" in talk.run("/stat")
+    assert "takes no further word" in talk.run("/quit now") or "too many" in "".join(talk.told)
+    talk.run("//help")
+    assert talk.chat.session.turns[-1].query == "/help"
+
+
+def test_sessions_lie_beside_checkpoints_not_in_them(tmp_path: Path) -> None:
+    """Catches conversations that are deleted together with an old checkpoint."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+    assert default_sessions_dir(str(checkpoint)) == tmp_path / "run" / "sessions"
+    assert default_sessions_dir(str(tmp_path / "run")) == tmp_path / "run" / "sessions"
+    with pytest.raises(UserError, match="--sessions-dir"):
+        default_sessions_dir("hf://owner/name")
