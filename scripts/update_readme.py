@@ -19,7 +19,7 @@ from typing import Any
 from rxlm.errors import RunError, UserError
 from rxlm.evaluation.recall_summary import mean_chance, pool
 from rxlm.evaluation.report import read_json
-from rxlm.evaluation.result_tables import UNSEEN_NAMES, percent
+from rxlm.evaluation.result_tables import percent
 from rxlm.evaluation.rows import RecallRow, matching
 from rxlm.evaluation.tables import Table, markdown_table
 from rxlm.rxt.state_files import write_bytes
@@ -29,6 +29,13 @@ from rxlm.training.run_folder import read_status
 README = Path(__file__).resolve().parents[1] / "README.md"
 FIGURES = ("updated", "stale", "declined")
 """Named figures of the recall test that stand below the table."""
+NOVELTY = {
+    "pairs": "No value asked for was told for its kind of fact in training.",
+    "templates": "Facts and questions are worded as never in training.",
+    "words": "The values are made-up words.",
+    "none": "The dialogues are new, their words and values are not.",
+}
+"""What the test dialogues hold that training did not, by the ``unseen`` of the main test."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,7 +115,7 @@ def render_transcript(parts: Sequence[Sequence[Sequence[Any]]]) -> str:
         lines = [f"{asked[0]:2}  {asked[2]:{width}}  {answered[2]}" for asked, answered in pairs]
         shown.append("\n".join(line.rstrip() for line in lines))
     restart = "\n\n--- saved; the program ends, and a new one loads the conversation ---\n\n"
-    return f"```text\n{restart.join(shown)}\n```"
+    return f"```text\n    {'you':{width}}  model\n{restart.join(shown)}\n```"
 
 
 def render_recall(report: Mapping[str, Any], minutes: float) -> str:
@@ -124,14 +131,14 @@ def render_recall(report: Mapping[str, Any], minutes: float) -> str:
     return "\n".join(
         [
             "**What it remembers.** Percent of facts recalled word for word, by the turns since "
-            "they were told and the number of facts held. New to the model: "
-            f"{UNSEEN_NAMES[main]}. Zeroed and swapped are controls: the memory is emptied, or is "
-            "that of another conversation.",
+            "they were told and the number of facts held. "
+            f"{NOVELTY[main]} Zeroed and swapped are controls: the memory is emptied, or is that "
+            "of another conversation.",
             "",
             markdown_table(table).rstrip(),
             "",
-            f"{others[:1].upper()}{others[1:]}. Each entry is of {count} dialogues for each of "
-            f"{seeds} seeds.",
+            f"{others[:1].upper()}{others[1:]}. Each entry of the table rests on at least "
+            f"{count * seeds} questions ({seeds} sets of test dialogues).",
             "",
             f"{model['num_parameters']:,} parameters; a memory of {model['num_layers']} layers x "
             f"{model['num_slots']} slots x {model['dim']} numbers; {minutes:.1f} minutes of "

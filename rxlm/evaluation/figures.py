@@ -21,14 +21,14 @@ from rxlm.evaluation.rows import RecallRow, matching
 
 DPI = 130
 # Okabe and Ito's colours: told apart by everyone, in print too.
-FACT_COLOURS = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00")
+FACT_COLOURS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#F0E442")
 CONDITION_COLOURS = {
     "memory": "#0072B2",
     "zeroed": "#D55E00",
-    "reset": "#CC79A7",
-    "swapped": "#E69F00",
+    "reset": "#777777",
+    "swapped": "#CC79A7",
 }
-GREY = "#666666"
+GREY = "#777777"
 
 
 def draw_figures(report: Mapping[str, Any]) -> dict[str, bytes]:
@@ -66,9 +66,8 @@ def _recall(report: Mapping[str, Any]) -> Figure | None:
         colour = FACT_COLOURS[number % len(FACT_COLOURS)]
         _line(axes, matching(remembered, facts=facts), label, color=colour)
     for condition in ("zeroed", "reset", "swapped"):
-        colour = CONDITION_COLOURS[condition]
-        chosen = matching(rows, condition=condition)
-        _line(axes, chosen, CONDITION_NAMES[condition], color=colour, linestyle="--", marker="x")
+        style = {"color": CONDITION_COLOURS[condition], "linestyle": "--", "marker": "x"}
+        _line(axes, matching(rows, condition=condition), CONDITION_NAMES[condition], **style)
     if rows:
         axes.axhline(100 * mean_chance(rows), color=GREY, linestyle=":", label="chance")
     distances = sorted({row["distance"] for row in rows})
@@ -76,7 +75,7 @@ def _recall(report: Mapping[str, Any]) -> Figure | None:
     axes.set_xticks(distances, [str(distance) for distance in distances])
     axes.set_xticks([], minor=True)
     axes.set_ylim(-2, 102)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right center", frameon=False)
     return figure
 
 
@@ -95,26 +94,29 @@ def _line(axes: Axes, rows: Sequence[RecallRow], label: str, **style: Any) -> No
 
 
 def _perplexity(result: Mapping[str, Any]) -> Figure | None:
-    """Draw answer perplexity by turn under each condition."""
-    rows = result["rows"]
-    turns = sorted({row["turn"] for row in rows if row["turn"]})
-    figure, axes = _figure("turn of the conversation", "answer perplexity")
-    for condition in dict.fromkeys(row["condition"] for row in rows):
-        points = [
-            (turn, row["perplexity"])
-            for turn in turns
-            for row in rows
-            if (row["turn"], row["condition"], row["tokens"]) == (turn, condition, "answer")
-        ]
-        axes.plot(
-            *zip(*points, strict=True),
-            marker="o",
-            color=CONDITION_COLOURS[condition],
-            label=CONDITION_NAMES[condition],
-        )
-    axes.set_yscale("log")
-    axes.legend(frameon=False)
-    axes.set_title(result["source"], fontsize=10)
+    """Draw perplexity by turn under each condition: of answers, and of carry-over words."""
+    rows = [row for row in result["rows"] if row["turn"]]
+    names = {"answer": "all words of the answer", "carry-over": "words carried over"}
+    shown = [tokens for tokens in names if any(row["tokens"] == tokens for row in rows)]
+    if not shown:
+        return None
+    figure = Figure(figsize=(4.3 * len(shown), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, tokens in zip(panels, shown, strict=True):
+        for condition in dict.fromkeys(row["condition"] for row in rows):
+            points = [
+                (row["turn"], row["perplexity"])
+                for row in rows
+                if (row["tokens"], row["condition"]) == (tokens, condition)
+            ]
+            style = {"color": CONDITION_COLOURS[condition], "marker": "."}
+            axes.plot(*zip(*points, strict=True), label=CONDITION_NAMES[condition], **style)
+        _tidy(axes)
+        axes.set_title(names[tokens], fontsize=10)
+        axes.set_xlabel("turn of the conversation")
+    panels[0].set_ylabel("perplexity")
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
 
 

@@ -63,7 +63,7 @@ def _update(row: RecallRow) -> bool:
 GOALS: tuple[Goal, ...] = (
     Goal(
         "distance_1_to_4",
-        "right answers, distance 1-4, up to 4 facts",
+        "right, told 1 to 4 turns ago",
         "exact",
         lambda row: _main(row) and row["distance"] <= 4,
         ">=",
@@ -71,7 +71,7 @@ GOALS: tuple[Goal, ...] = (
     ),
     Goal(
         "distance_8",
-        "right answers, distance 8, up to 4 facts",
+        "right, told 8 turns ago",
         "exact",
         lambda row: _main(row) and row["distance"] == 8,
         ">=",
@@ -79,17 +79,17 @@ GOALS: tuple[Goal, ...] = (
     ),
     Goal(
         "distance_16",
-        "right answers, distance 16, up to 4 facts",
+        "right, told 16 turns ago",
         "exact",
         lambda row: _main(row) and row["distance"] == 16,
         ">=",
         0.85,
     ),
-    Goal("updated", "right answers on changed facts", "exact", _update, ">=", 0.90),
-    Goal("stale", "old value given for a changed fact", "stale", _update, "<=", 0.05),
+    Goal("updated", "right, changed facts", "exact", _update, ">=", 0.90),
+    Goal("stale", "old value of a changed fact", "stale", _update, "<=", 0.05),
     Goal(
         "declined",
-        "never-told questions declined",
+        "declined, never told",
         "declined",
         lambda row: row["test"] == "unknown" and row["condition"] == "memory",
         ">=",
@@ -97,7 +97,7 @@ GOALS: tuple[Goal, ...] = (
     ),
     Goal(
         "zeroed_minus_chance",
-        "right answers minus chance, memory zeroed",
+        "above chance, memory zeroed",
         "exact",
         lambda row: _main(row, "zeroed"),
         "within",
@@ -105,7 +105,7 @@ GOALS: tuple[Goal, ...] = (
     ),
     Goal(
         "swapped_minus_chance",
-        "right answers minus chance, another conversation's memory",
+        "above chance, memory swapped",
         "exact",
         lambda row: _main(row, "swapped"),
         "within",
@@ -113,14 +113,15 @@ GOALS: tuple[Goal, ...] = (
     ),
     Goal(
         "free_running",
-        "right answers when its own answers were remembered",
+        "right, own answers remembered",
         "exact",
         lambda row: _main(row, history="own"),
         ">=",
         None,
     ),
 )
-"""The acceptance of the nano model. Facts are (kind, value) pairs never told in training."""
+"""The acceptance of the nano model. Facts are (kind, value) pairs never told in training, and up
+to 4 of them are held."""
 
 
 def summarise(rows: Sequence[RecallRow], goals: Sequence[Goal] = GOALS) -> list[Figure]:

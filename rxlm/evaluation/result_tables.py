@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rxlm.evaluation.recall_summary import Figure, mean_chance, pool
-from rxlm.evaluation.rows import RecallRow, loss_of, matching
+from rxlm.evaluation.rows import PerplexityRow, RecallRow, loss_of, matching
 from rxlm.evaluation.tables import FAILED, PASSED, Table
 
 SHOWN_TURNS = (1, 2, 4, 8, 12, 16, 24, 32)
@@ -16,8 +16,8 @@ NO_VALUE = "-"
 
 TEST_NAMES = {"recall": "told fact", "update": "changed fact", "unknown": "never told"}
 UNSEEN_NAMES = {
-    "pairs": "value new for its fact",
-    "none": "only the dialogue",
+    "pairs": "value for this fact",
+    "none": "dialogue only",
     "templates": "wording",
     "words": "made-up word",
 }
@@ -34,32 +34,33 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def with_interval(mean: float, low: float, high: float) -> str:
-    """Return ``97.3 [96.0, 98.2]`` in percent."""
-    return f"{percent(mean)} [{percent(low)}, {percent(high)}]"
+def span(low: float, high: float) -> str:
+    """Return ``96.0 .. 98.2`` in percent."""
+    return f"{percent(low)} .. {percent(high)}"
 
 
 def goals_table(summary: Sequence[Figure]) -> Table:
     """Return the named figures beside what is asked of them."""
-    rows = []
+    body = []
     for figure in summary:
-        goal = figure["goal"]
-        sign = {"within": "within +-"}.get(figure["comparison"], figure["comparison"] + " ")
-        rows.append(
+        goal, passed = figure["goal"], figure["passed"]
+        sign = "+-" if figure["comparison"] == "within" else figure["comparison"] + " "
+        body.append(
             (
                 figure["label"],
-                with_interval(figure["value"], figure["low"], figure["high"]),
-                f"{percent(figure['seed_min'])} .. {percent(figure['seed_max'])}",
-                str(figure["n"]),
+                percent(figure["value"]),
+                span(figure["low"], figure["high"]),
+                span(figure["seed_min"], figure["seed_max"]),
                 NO_VALUE if goal is None else f"{sign}{percent(goal)}",
-                NO_VALUE if figure["passed"] is None else PASSED if figure["passed"] else FAILED,
+                NO_VALUE if passed is None else PASSED if passed else FAILED,
             )
         )
     return Table(
         "Memory test",
-        ("figure", "percent [95 % interval]", "seeds", "answers", "goal", ""),
-        rows,
-        "Facts asked for are values never told for their kind of fact in training.",
+        ("percent of answers", "found", "95 % interval", "by seed", "goal", ""),
+        body,
+        "Right: word for word. Facts asked for: values never told for their kind of fact in "
+        "training.",
     )
 
 
@@ -71,32 +72,41 @@ def recall_table(rows: Sequence[RecallRow], main: str, history: str) -> Table:
         main: the ``unseen`` of the main test.
         history: the ``history`` of the main test.
     """
-    main_rows = [row for row in rows if row["test"] == "recall" and row["unseen"] == main]
-    facts = sorted({row["facts"] for row in main_rows})
-    columns: list[tuple[str, dict[str, Any]]] = [
-        (
-            f"{count} fact{'s' * (count > 1)}",
-            {"facts": count, "condition": "memory", "history": history},
-        )
-        for count in facts
-    ]
-    if history != "own":
-        columns.append(("own answers", {"condition": "memory", "history": "own"}))
-    for condition in ("zeroed", "reset", "swapped"):
-        columns.append((condition, {"condition": condition, "history": history}))
-    columns = [item for item in columns if matching(main_rows, **item[1])]
+    main_rows = matching(rows, test="recall", unseen=main)
+    columns = _recall_columns(main_rows, history)
     body = []
+    widest = 0.0
     for distance in sorted({row["distance"] for row in main_rows}):
-        at = [row for row in main_rows if row["distance"] == distance]
-        cells = [_share_or_dash(matching(at, **wanted)) for _, wanted in columns]
-        body.append((str(distance), *cells, percent(mean_chance(at))))
+        at = matching(main_rows, distance=distance)
+        cells = [str(distance)]
+        for wanted in columns.values():
+            chosen = matching(at, **wanted)
+            found = pool(chosen) if chosen else None
+            cells.append(NO_VALUE if found is None else percent(found.mean))
+            if found is not None:
+                widest = max(widest, found.high - found.mean, found.mean - found.low)
+        body.append((*cells, percent(mean_chance(at))))
     return Table(
-        f"Recall by distance ({UNSEEN_NAMES[main]})",
-        ("turns ago", *(name for name, _ in columns), "chance"),
+        f"Recall by distance (new to the model: {UNSEEN_NAMES[main]})",
+        ("turns ago", *columns, "chance"),
         body,
-        "Percent of questions answered word for word [95 % interval]; controls over all numbers "
-        "of facts. 'own answers': the model's own answers were remembered, not the reference's.",
+        f"Percent of questions answered right, at most +-{percent(widest)} (95 % interval). "
+        "Controls: over all numbers of facts. 'own answers': what the model itself had answered "
+        "was remembered, with the largest number of facts.",
     )
+
+
+def _recall_columns(rows: Sequence[RecallRow], history: str) -> dict[str, dict[str, Any]]:
+    """Return the columns that ``rows`` can fill: name and which rows they take."""
+    columns: dict[str, dict[str, Any]] = {}
+    for facts in sorted({row["facts"] for row in rows}):
+        name = f"{facts} fact{'s' * (facts > 1)}"
+        columns[name] = {"facts": facts, "condition": "memory", "history": history}
+    if history != "own":
+        columns["own answers"] = {"condition": "memory", "history": "own"}
+    for condition in ("zeroed", "reset", "swapped"):
+        columns[condition] = {"condition": condition, "history": history}
+    return {name: wanted for name, wanted in columns.items() if matching(rows, **wanted)}
 
 
 def other_tests_table(rows: Sequence[RecallRow], main: str) -> Table:
@@ -116,14 +126,18 @@ def other_tests_table(rows: Sequence[RecallRow], main: str) -> Table:
                 TEST_NAMES[test],
                 UNSEEN_NAMES[unseen],
                 str(distance),
-                with_interval(exact.mean, exact.low, exact.high),
+                percent(exact.mean),
+                span(exact.low, exact.high),
                 percent(pool(at, "stale").mean) if test == "update" else NO_VALUE,
                 percent(pool(at, "declined").mean),
             )
         )
     return Table(
         "Other questions",
-        ("asked for", "new to the model", "turns ago", "right", "old value", "declined"),
+        (
+            *("asked for", "new to the model", "turns ago", "right", "95 % interval"),
+            *("old value", "declined"),
+        ),
         body,
         "Percent. 'declined': the answer says that the fact is not known.",
     )
@@ -144,7 +158,8 @@ def perplexity_table(result: Mapping[str, Any]) -> Table:
         body,
         f"{result['num_dialogues']} conversations"
         + (f", {result['num_skipped']} left out as too long" if result["num_skipped"] else "")
-        + ". Carry-over words occurred in an earlier turn and not in the query.",
+        + ". Carry-over words occurred in an earlier turn and not in the query. Lowest over all "
+        f"turns: {_lowest(rows)}.",
     )
 
 
@@ -181,12 +196,14 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def _share_or_dash(rows: Sequence[RecallRow]) -> str:
-    if not rows:
-        return NO_VALUE
-    found = pool(rows)
-    return with_interval(found.mean, found.low, found.high)
+def _lowest(rows: Sequence[PerplexityRow]) -> str:
+    """Return the name of the condition under which answers are predicted best."""
+    losses = {row["condition"]: loss_of(rows, row["condition"]) or 0.0 for row in rows}
+    return CONDITION_NAMES[min(losses, key=losses.__getitem__)]
 
 
 def _perplexity(loss: float | None) -> str:
-    return NO_VALUE if loss is None else f"{math.exp(min(loss, 700.0)):.4g}"
+    if loss is None:
+        return NO_VALUE
+    value = math.exp(min(loss, 700.0))
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 10_000 else f"{value:.2e}"

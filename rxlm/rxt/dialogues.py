@@ -124,12 +124,39 @@ class TurnEncoder:
             if len(turn.ids) > self.seq_len:
                 raise UserError(
                     f"a turn has {len(turn.ids)} tokens but seq_len={self.seq_len}: raise the "
-                    f"models' seq_len or set data.too_long to 'drop' or 'truncate'. The turn "
-                    f"begins: {query[:80]!r}"
+                    f"model's seq_len, or shorten the turn. It begins: {query[:80]!r}"
                 )
             if len(self._cache) < self._cache_size:
                 self._cache[key] = turn
         return turn
+
+    def check_lengths(self, conversations: Sequence[Conversation], name: str) -> None:
+        """Refuse conversations with turns that do not fit, before anything is trained on them.
+
+        Args:
+            conversations: all that will be used.
+            name: what the message calls them.
+
+        Raises:
+            UserError: with how many do not fit, the longest, and what to change.
+        """
+        longest, too_long, where, total = 0, 0, "", 0
+        for conversation in conversations:
+            total += len(conversation)
+            for number, item in enumerate(conversation.interactions, start=1):
+                # A token covers at least one byte, so short turns need no tokenizer.
+                if len(item.query.encode()) + len(item.answer.encode()) + 8 <= self.seq_len:
+                    continue
+                length = len(encode_interaction(self.tokenizer, item.query, item.answer).ids)
+                too_long += length > self.seq_len
+                if length > longest:
+                    longest, where = length, f"turn {number} of conversation '{conversation.id}'"
+        if too_long:
+            raise UserError(
+                f"{name}: {too_long} of {total} turns have more than seq_len={self.seq_len} "
+                f"tokens; the longest has {longest} ({where}). Set model.decoder.seq_len to at "
+                f"least {longest}, or leave such conversations out."
+            )
 
     def system(self, text: str) -> EncodedTurn:
         """Encode a system prompt, written to memory before the first turn; nothing is a target."""

@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rxlm.data.conversation_source import ConversationSource, DataConfig, open_conversations
+from rxlm.data.conversation_source import (
+    ConversationList,
+    ConversationSource,
+    DataConfig,
+    open_conversations,
+)
 from rxlm.errors import UserError
 from rxlm.rxt.config import NOT_ARCHITECTURE, RxTConfig
 from rxlm.rxt.dialogues import TurnEncoder
@@ -142,6 +147,9 @@ def build_objective(
         objective = JointLMObjective(model, train, valid, turns, recipe.objective, **common)
     else:
         sources = open_sources(recipe.data)
+        for source in sources:
+            if isinstance(source, ConversationList):
+                turns.check_lengths(source.conversations, source.name)
         if isinstance(recipe, JointLMRecipe):
             objective = JointLMObjective(model, *sources, turns, recipe.objective, **common)
         elif isinstance(recipe, SFTRecipe):

@@ -34,7 +34,7 @@ PREVIOUS = "previous"
 """In ``init_from`` and ``tokenizer_from``: what the recipes before this one made."""
 
 _NUMBERED = re.compile(r"\d+_.+\.ya?ml\Z")
-_SIZES_OF_MEMORY = ("num_layers", "embed_dim", "stm_size", "seq_len")
+_SIZES_OF_MEMORY = ("num_layers", "embed_dim", "att_heads", "stm_size", "seq_len")
 _NO_EFFECT_ON_RESULT = frozenset(
     {"device", "threads", "prefetch", "log_every", "save_every", "keep_last", "tensorboard"}
 )

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from rxlm.cli.chat import _stop_answer_on_interrupt, default_sessions_dir
+from rxlm.cli.chat import _stop_answer_on_interrupt, _typed_lines, default_sessions_dir
 from rxlm.cli.chat_loop import COMMANDS, Chat
 from rxlm.cli.main import main
 from rxlm.errors import UserError
+from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt.models import RxTAlpha
 from rxlm.rxt.session import Session
 
@@ -133,21 +134,41 @@ def test_unusable_options_are_status_2(
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(model: RxTAlpha, tmp_path: Path) -> None:
     """Catches Ctrl-C that ends the program, loses the turn, or stops every later answer."""
+    said: list[str] = []
     told: list[str] = []
 
-    def interrupt(text: str) -> None:
-        if text.strip() and not chat.session.turns:
+    def interrupt_once(text: str) -> None:
+        said.append(text)
+        if len(said) == 1:
             signal.raise_signal(signal.SIGINT)
 
-    chat = Chat(model, tmp_path, say=interrupt, tell=told.append)
+    sampled = SamplingSettings(temperature=1.0)
+    chat = Chat(model, tmp_path, say=interrupt_once, tell=told.append, settings=sampled)
     with _stop_answer_on_interrupt(chat):
         chat.run(LINES[:2], forgiving=True)
         assert "[stopped]" in told
         assert [turn.query for turn in chat.session.turns] == LINES[:2]
         first, second = (turn.answer for turn in chat.session.turns)
-        assert len(first) < len(second)
+        assert 0 < len(first) < len(second)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_while_typing_clears_the_line_and_ctrl_d_leaves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a program that ends because a half-typed line was thrown away."""
+    typed = iter(["hello", KeyboardInterrupt(), "again", EOFError()])
+
+    def read_line(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read_line)
+    assert list(_typed_lines()) == ["hello", "again"]
+    assert "Ctrl-D leaves" in capsys.readouterr().err
 
 
 def test_undo_and_retry(talk: Talk) -> None:
@@ -179,9 +200,7 @@ def test_save_new_and_load(talk: Talk, model: RxTAlpha) -> None:
     assert "there is: ann" in talk.run("/load bob")
     assert "which one?" in talk.run("/load")
     assert "after 2 turns" in talk.run("/load ann")
-    assert "ann holds another session" in talk.run("/new", "/save ann").replace("'", "") or (
-        "ann" in "".join(talk.told)
-    )
+    assert "another session" in talk.run("/new", "/save ann")
     assert len(Session.load(talk.chat.folder / "ann", model).turns) == 2
 
 
@@ -194,7 +213,7 @@ def test_commands_are_listed_known_and_escaped(talk: Talk) -> None:
     assert "tokens/s" in talk.run("/stats")
     assert "changed it by" in talk.run("/memory")
     assert "did you mean /stats?" in talk.run("/stat")
-    assert "takes no further word" in talk.run("/quit now") or "too many" in "".join(talk.told)
+    assert "/retry takes no further word" in talk.run("/retry now")
     talk.run("//help")
     assert talk.chat.session.turns[-1].query == "/help"
 

@@ -63,6 +63,6 @@ def test_schema_knows_every_stage_and_forbids_unknown_keys(
     assert recipe["additionalProperties"] is False
     assert {"extends", "stage", "train", "objective"} <= set(recipe["properties"])
     assert "required" not in recipe
-    assert "Peak learning rate." in schema["$defs"]["TrainSettings"]["properties"]["lr"][
-        "description"
-    ]
+    assert (
+        "Peak learning rate." in schema["$defs"]["TrainSettings"]["properties"]["lr"]["description"]
+    )

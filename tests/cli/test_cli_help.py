@@ -16,7 +16,7 @@ for verb, sub in command.commands.items():
     lines += [[verb], *([verb, name] for name in getattr(sub, "commands", {}))]
 for words in lines:
     assert main([*words, "--help"]) == 0, words
-print("loaded", sorted({"torch", "numpy", "tokenizers", "pydantic.json_schema"} & set(sys.modules)))
+print("loaded", sorted({"torch", "numpy", "tokenizers"} & set(sys.modules)))
 """
 
 

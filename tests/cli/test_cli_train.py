@@ -61,9 +61,7 @@ def test_interrupted_run_says_how_to_go_on(
 ) -> None:
     """Catches Ctrl-C that loses the run or exits as if it had succeeded."""
     with monkeypatch.context() as patch:
-        patch.setattr(
-            JointLMObjective, "after_step", lambda *_: signal.raise_signal(signal.SIGINT)
-        )
+        patch.setattr(JointLMObjective, "after_step", lambda *_: signal.raise_signal(signal.SIGINT))
         assert train(nano, runs, "20_joint_lm", *OVERRIDES) == 130
     assert "To go on: rxlm train" in capsys.readouterr().err
     assert train(nano, runs, "20_joint_lm", *OVERRIDES) == 0
@@ -71,9 +69,7 @@ def test_interrupted_run_says_how_to_go_on(
     assert json.loads(lines[-1])["step"] == 3
 
 
-def test_dry_run_writes_nothing(
-    nano: Path, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_writes_nothing(nano: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a dry run that trains, and one that does not say what training takes."""
     assert train(nano, runs, "20_joint_lm", *OVERRIDES, "--dry-run") == 0
     out = capsys.readouterr().out
@@ -145,9 +141,7 @@ def test_text_is_read_by_joint_lm(
     assert "2 of 30 documents are held out" in capsys.readouterr().err
 
 
-def test_unknown_stage_and_missing_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_stage_and_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a recipe of no stage being reported in pydantic's words."""
     recipe = tmp_path / "my.yaml"
     recipe.write_text("train: {steps: 3}\nstage: joint_ml\n", encoding="utf-8")

@@ -144,7 +144,7 @@ def command_lines(program: str) -> Iterator[CommandLine]:
                 words = shlex.split(line, comments=True)
                 words = words[1:] if words[:1] == ["$"] else words
                 words = [Path(words[0]).name, *words[1:]] if words else []
-                ends = [index for index, word in enumerate(words) if word in ("|", ">", "&&")]
+                ends = [index for index, word in enumerate(words) if word in ("|", "<", ">", "&&")]
                 if words[:1] == [program]:
                     where = f"{name_of(page)}:{block.line + offset}"
                     yield CommandLine(where, words[1 : min([*ends, len(words)])], whole=True)

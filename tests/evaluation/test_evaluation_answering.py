@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rxlm.data import DialogueGenerator
@@ -25,7 +25,7 @@ from rxlm.tokenization.template import encode_query
 GENERATOR = DialogueGenerator()
 DIALOGUES = [
     GENERATOR.conversation(number, turns).interactions
-    for number, turns in enumerate((3, 1, 5, 2), start=100)
+    for number, turns in enumerate((2, 1, 3), start=100)
 ]
 INIT_TYPES = ("learned", "standard")
 
@@ -39,7 +39,7 @@ def test_reference_memory_is_the_turn_by_turn_one(
     model = make_model(init_type=init_type)
     tokenizer = model.require_tokenizer()
     dialogues = [*DIALOGUES, ()]
-    memory = memory_of_references(model, TurnEncoder(tokenizer, 96), dialogues, first=7)
+    memory = memory_of_references(model, TurnEncoder(tokenizer, 64), dialogues, first=7)
     for b, dialogue in enumerate(dialogues):
         slots = model.initial_memory(1, seed=7 + b)
         for turn in dialogue:
@@ -66,7 +66,7 @@ def test_own_memory_is_that_of_real_conversations(
 @torch.no_grad()
 def test_no_dialogue_at_all_is_the_initial_memory(model: RxTAlpha) -> None:
     """Catches a crash on questions asked in the first turn."""
-    turns = TurnEncoder(model.require_tokenizer(), 96)
+    turns = TurnEncoder(model.require_tokenizer(), 64)
     initial = model.initial_memory(2)
     assert torch.equal(memory_of_references(model, turns, [(), ()]), initial)
     assert torch.equal(memory_of_own_answers(model, [(), ()], 8), initial)
@@ -92,7 +92,25 @@ def teacher_forced_is_exact(model: RxTAlpha, slots: torch.Tensor, turn: list[int
     return best[start:] == turn[start + 1 :]
 
 
-@settings(max_examples=15)
+def let_it_end(model: RxTAlpha, query: str, slots: torch.Tensor) -> bool:
+    """Make the model end its answer to ``query`` in the middle; False if this one cannot.
+
+    An untrained model hardly ever chooses [EOS], so [EOS] trades places with a word that it does
+    choose.
+    """
+    tokenizer = model.require_tokenizer()
+    ids = greedy_answers(model, slots, [query], 12)[0].ids
+    seen = {*encode_query(tokenizer, query), ids[0]}
+    chosen = next((token for token in ids[1:] if token not in seen), None)
+    if chosen is None:
+        return False
+    pair = [chosen, tokenizer.eos_id]
+    for weight in (model.decoder.embedding.weight, model.decoder.head_bias):
+        weight[pair] = weight[pair[::-1]]
+    return True
+
+
+@settings(max_examples=20)
 @given(number=st.integers(0, 10_000), spoilt=st.booleans(), data=st.data())
 @torch.no_grad()
 def test_generated_and_teacher_forced_exactness_agree(
@@ -106,12 +124,13 @@ def test_generated_and_teacher_forced_exactness_agree(
     model = make_model()
     slots = torch.randn(2, 1, 4, 16, generator=torch.Generator().manual_seed(number))
     query = GENERATOR.probe(number, distance=1, num_facts=1).interactions[-1].query
+    assume(let_it_end(model, query, slots))
     answer = greedy_answers(model, slots, [query], 12)[0]
+    assert answer.reason == "eos" and answer.ids
     reference = list(answer.ids)
     if spoilt:
-        place = data.draw(st.integers(0, len(reference)))
-        reference.insert(place, data.draw(st.integers(11, tokenizer.vocab_size - 1)))
-    prompt = encode_query(tokenizer, query)
-    turn = [*prompt, tokenizer.answer_id, *reference, tokenizer.eos_id]
-    generated_exactly = answer.reason == "eos" and answer.ids == reference
-    assert teacher_forced_is_exact(model, slots, turn) == generated_exactly
+        place = data.draw(st.integers(0, len(reference) - 1))
+        reference[place] = data.draw(st.integers(11, tokenizer.vocab_size - 1))
+    turn = [*encode_query(tokenizer, query), tokenizer.answer_id, *reference, tokenizer.eos_id]
+    assert teacher_forced_is_exact(model, slots, turn) == (answer.ids == reference)
+    assert not teacher_forced_is_exact(model, slots, [*turn[:-1], turn[-2], tokenizer.eos_id])

@@ -171,7 +171,7 @@ def long_one() -> Conversation:
 def test_turns_that_do_not_fit_are_named_or_counted(model: RxTAlpha) -> None:
     """Catches conversations that are cut or left out without a word."""
     conversations = [CONVERSATIONS[0], long_one(), CONVERSATIONS[1]]
-    with pytest.raises(UserError, match=r"conversation 2 \(the-long-one\).*seq_len is 96"):
+    with pytest.raises(UserError, match=r"conversation 2 \(the-long-one\).*seq_len is 64"):
         evaluate_perplexity(model, conversations)
     result: PerplexityResult = evaluate_perplexity(
         model, conversations, PerplexitySettings(too_long="skip")

@@ -41,7 +41,7 @@ def test_the_batch_size_changes_nothing(
     model = make_model(init_type=init_type)
     cell = plan_cells(SMALL)[1]
     assert cell.distance == 2
-    turns = recall.TurnEncoder(model.require_tokenizer(), 96)
+    turns = recall.TurnEncoder(model.require_tokenizer(), 64)
     dialogues = recall.cell_dialogues(DialogueGenerator(), cell, 0, 5)
     for history in ("reference", "own"):
         wanted = recall.answer_cell(model, turns, dialogues, cell._replace(history=history), SMALL)
@@ -65,7 +65,7 @@ def test_each_condition_reads_what_it_says(
 
     monkeypatch.setattr(recall, "greedy_answers", spy)
     cell = plan_cells(SMALL)[0]
-    turns = recall.TurnEncoder(model.require_tokenizer(), 96)
+    turns = recall.TurnEncoder(model.require_tokenizer(), 64)
     dialogues = recall.cell_dialogues(DialogueGenerator(), cell, 0, 5)
     with torch.no_grad():
         recall.answer_cell(model, turns, dialogues, cell, SMALL)

@@ -187,6 +187,8 @@ def test_console_tables_show_every_number_in_100_columns(report: dict[str, Any])
     assert "Memory test" in text and "FAILED" in text
     assert "\u2026" not in text.replace(HOSTILE, "")
     assert "turns ago" in text and "swapped" in text and "chance" in text
+    for figure in report["recall"]["summary"]:
+        assert figure["label"] in text, "no label is broken over two lines"
 
 
 def test_a_report_may_hold_a_part_only(model: RxTAlpha, tmp_path: Path) -> None:

@@ -60,16 +60,15 @@ def test_the_name_was_never_told_in_training() -> None:
     assert value in DialogueGenerator().held_out(kind)
 
 
-def test_a_restart_changes_nothing(
-    make_model: Callable[..., RxTAlpha], model: RxTAlpha, tmp_path: Path
-) -> None:
+def test_a_restart_changes_nothing(make_model: Callable[..., RxTAlpha], tmp_path: Path) -> None:
     """Catches anything remembered outside of the saved session."""
     queries = [item.query for item in ASK]
+    model = make_model(seq_len=32)
     model.save_pretrained(tmp_path / "model")
     first = run_script(model, TELL, tmp_path / "session", resume=False)
     restarted = RxTAlpha.from_pretrained(tmp_path / "model")
     second = run_script(restarted, queries, tmp_path / "session", resume=True)
-    whole = run_script(make_model(), [*TELL, *queries], tmp_path / "whole", resume=False)
+    whole = run_script(make_model(seq_len=32), [*TELL, *queries], tmp_path / "whole", resume=False)
     assert first + second == whole
     assert [line.turn for line in second[::2]] == [10, 11, 12, 13]
     assert [line.text for line in second[::2]] == queries

@@ -143,7 +143,7 @@ def test_a_turn_that_does_not_fit_is_refused(tiny_tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError) as caught:
         TurnEncoder(tiny_tokenizer, length - 1).interaction("what is my name", "ann")
     message = str(caught.value)
-    for part in (f"{length} tokens", f"seq_len={length - 1}", "what is my name", "too_long"):
+    for part in (f"{length} tokens", f"seq_len={length - 1}", "what is my name"):
         assert part in message
     system = len(encode_system(tiny_tokenizer, "be kind"))
     assert len(TurnEncoder(tiny_tokenizer, system).system("be kind").ids) == system
@@ -180,3 +180,19 @@ def test_nothing_to_answer_is_an_empty_batch(tiny_tokenizer: Tokenizer) -> None:
     )
     assert batch.answer == () and len(batch.encode) == 1
     assert batch.num_tokens == len(turn.ids)
+
+
+def test_turns_that_do_not_fit_are_found_before_training(tokenizer: Tokenizer) -> None:
+    """A run that dies at step 3,000 because one turn of the file is too long."""
+    short = Conversation((Interaction("Hi.", "Hello."),), id="short")
+    long = Conversation(
+        (
+            Interaction("Hi.", "Hello."),
+            Interaction("word " * 60, "Yes."),
+        ),
+        id="long",
+    )
+    turns = TurnEncoder(tokenizer, seq_len=40)
+    turns.check_lengths([short], "file")
+    with pytest.raises(UserError, match=r"file: 1 of 3 turns .* turn 2 of conversation 'long'"):
+        turns.check_lengths([short, long], "file")

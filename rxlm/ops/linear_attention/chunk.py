@@ -3,14 +3,16 @@
 Inside a chunk the delta rule is a unit lower triangular system (the WY / UT transform of
 arXiv:2406.06484, section 3, with decays as in arXiv:2412.06464 and arXiv:2510.26692); all chunks
 are solved at once, by substitution: inverting the system by a power series loses every digit in
-float32 when keys repeat. Only the state at the start of each chunk is computed one after the
-other. Exact for every gate <= 0; see :mod:`rxlm.ops.linear_attention.decay`.
+float32 when keys repeat. Only the states between chunks are computed one after the other. Exact
+for every gate <= 0; see :mod:`rxlm.ops.linear_attention.decay`.
 
 Shapes: B batch, T tokens, H heads (those of the values), K/V head dimensions, N chunks, C tokens
 of a chunk, M = N * B * H.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,22 +64,22 @@ def _segment(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Te
     if tokens.write_strength is None:
         pairs = decayed_pairs(query.unsqueeze(1), key, log_decay)
         entry_states, state = _scan_additive(pairs, value, state)
-        written = value
+        written, reads, seen = value, pairs.rows[:, 0], pairs.matrix[:, 0]
     else:
         strength = _to_chunks(tokens.write_strength.unsqueeze(-1), chunk_size)
         pairs = decayed_pairs(torch.stack([query, key * strength], dim=1), key, log_decay)
-        # written = T (strength * value) - T (strength * key, decayed) @ entry state, where T is
-        # the inverse of the triangular system: both right-hand sides are solved for at once.
-        right_hand_side = torch.cat([value * strength, pairs.rows[:, 1]], dim=-1)
-        system = pairs.matrix[:, 1].contiguous()  # the solver is slower on strided batches
+        reads, erases = pairs.rows.unbind(1)
+        seen, system = pairs.matrix.unbind(1)
+        # The system relates what the tokens of a chunk write. It is linear in the entry state, so
+        # the part without it and the part per channel of it are solved for at once.
         solved = torch.linalg.solve_triangular(
-            system, right_hand_side, upper=False, unitriangular=True
+            system.contiguous(),  # the solver is slower on strided batches
+            torch.cat([value * strength, erases], dim=-1),
+            upper=False,
+            unitriangular=True,
         )
-        entry_states, state = _scan_delta_rule(pairs, solved, state)
-        written = torch.baddbmm(
-            solved[..., :value_dim], solved[..., value_dim:], entry_states, alpha=-1
-        )
-    output = torch.baddbmm(pairs.rows[:, 0] @ entry_states, pairs.matrix[:, 0], written)
+        entry_states, written, state = _scan_delta_rule(pairs, solved, state)
+    output = torch.baddbmm(reads @ entry_states, seen, written)
     output = output.view(-1, batch, num_heads, chunk_size, value_dim).permute(1, 0, 3, 2, 4)
     return output.flatten(1, 2)[:, :length], state.unflatten(0, (batch, num_heads))
 
@@ -94,32 +96,49 @@ def _to_chunks(tensor: Tensor, chunk_size: int) -> Tensor:
 def _scan_additive(pairs: DecayedPairs, value: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """States ``[M, K, V]`` at the start of each chunk, and the last one, without the delta rule."""
     num_rows = state.shape[0]
-    added = (pairs.keys.mT @ value).unflatten(0, (-1, num_rows)).unbind(0)
     assert pairs.total is not None  # every additive mechanism here decays
-    totals = pairs.total.unsqueeze(-1).unflatten(0, (-1, num_rows)).unbind(0)
-    states = []
+    totals = _per_chunk(pairs.total.unsqueeze(-1), num_rows)
+    added = _per_chunk(pairs.keys.mT @ value, num_rows)
+    entry_states = []
     for total, contribution in zip(totals, added, strict=True):
-        states.append(state)
+        entry_states.append(state)
         state = torch.addcmul(contribution, total, state)
-    return torch.cat(states), state
+    return torch.cat(entry_states), state
 
 
-def _scan_delta_rule(pairs: DecayedPairs, solved: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """States ``[M, K, V]`` at the start of each chunk, and the last one, with the delta rule.
+def _scan_delta_rule(
+    pairs: DecayedPairs, solved: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each chunk starts from and writes: the only part that runs in sequence.
 
-    A chunk maps the state to ``transition @ state + added``; both come from one product for all
-    chunks, which leaves one small product per chunk to do in sequence.
+    Args:
+        pairs: of all chunks.
+        solved: ``[M, C, V + K]``: what would be written into an empty state, and what the entry
+            state takes away from that, per channel.
+        state: ``[B * H, K, V]``.
+
+    Returns:
+        The states ``[M, K, V]`` at the start of each chunk, what is written ``[M, C, V]``, and the
+        state after the last chunk.
     """
-    num_rows, key_dim, value_dim = state.shape
-    products = pairs.keys.mT @ solved
-    if pairs.total is None:
-        kept = torch.eye(key_dim, dtype=state.dtype, device=state.device)
-    else:
-        kept = pairs.total.expand(-1, key_dim).diag_embed()
-    transitions = (kept - products[..., value_dim:]).unflatten(0, (-1, num_rows)).unbind(0)
-    added = products[..., :value_dim].unflatten(0, (-1, num_rows)).unbind(0)
-    states = []
-    for transition, contribution in zip(transitions, added, strict=True):
-        states.append(state)
-        state = torch.baddbmm(contribution, transition, state)
-    return torch.cat(states), state
+    num_rows, _, value_dim = state.shape
+    into_empty, taken_away = (
+        _per_chunk(part, num_rows)
+        for part in solved.split([value_dim, solved.shape[-1] - value_dim], dim=-1)
+    )
+    keys = _per_chunk(pairs.keys.mT, num_rows)
+    totals: Sequence[Tensor | None] = [None] * len(keys)
+    if pairs.total is not None:
+        totals = _per_chunk(pairs.total.unsqueeze(-1), num_rows)
+    entry_states, all_written = [], []
+    for empty, taken, key, total in zip(into_empty, taken_away, keys, totals, strict=True):
+        entry_states.append(state)
+        written = torch.baddbmm(empty, taken, state, alpha=-1)
+        state = torch.baddbmm(state if total is None else total * state, key, written)
+        all_written.append(written)
+    return torch.cat(entry_states), torch.cat(all_written), state
+
+
+def _per_chunk(tensor: Tensor, num_rows: int) -> tuple[Tensor, ...]:
+    """Split ``[M, X, Y]`` into N tensors ``[B * H, X, Y]``."""
+    return tensor.unflatten(0, (-1, num_rows)).unbind(0)

@@ -152,6 +152,6 @@ def _earlier_keys(keys: Tensor, size: int) -> Tensor:
 
 
 def _below_diagonal(matrix: Tensor, size: int) -> Tensor:
-    """View of ``[M, R, C, C]`` with the block under the diagonal of each pair: ``[M, R, S, S, P]``."""
+    """View of ``[M, R, C, C]``: the block under the diagonal of each pair, ``[M, R, S, S, P]``."""
     blocks = matrix.unflatten(3, (-1, 2, size)).unflatten(2, (-1, 2, size))
     return blocks[:, :, :, 1, :, :, 0].diagonal(dim1=2, dim2=4)

@@ -1,0 +1,59 @@
+"""The nano recipes: valid, complete, commented, and what their headers promise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rxlm.training.dry_run import dry_run
+from rxlm.training.recipes import STAGES, read_folder, read_recipe, recipe_files
+
+ROOT = Path(__file__).parents[2]
+NANO = ROOT / "stages" / "nano"
+RECIPES = recipe_files(NANO)
+names = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+def test_all_stages_in_order() -> None:
+    """Catches a stage that is missing, or numbered such that it runs too early."""
+    assert [stage.recipe.stage for stage in read_folder(NANO)] == list(STAGES)
+
+
+@names
+def test_recipe_dry_runs(path: Path, tmp_path: Path) -> None:
+    """Catches a recipe that validates but cannot be built or has no data."""
+    overrides = [] if "tokenizer" not in path.stem else ["objective.dialogues=100"]
+    stage = read_recipe(path, overrides)
+    report = dry_run(stage, tmp_path / stage.name)
+    assert not list(tmp_path.iterdir())
+    if stage.recipe.stage != "tokenizer":
+        assert sum(report.parameters.values()) < 1_000_000, "nano means small"
+        assert 0 < report.num_trained
+        assert report.tokens_per_step > 100
+
+
+@names
+def test_header_says_what_one_wants_to_know(path: Path) -> None:
+    """Catches a recipe without its command, and a command of another recipe (a copied header)."""
+    header = path.read_text(encoding="utf-8").split("\n\n")[0]
+    for label in ("Hardware:", "Time:", "Run:", "Good:"):
+        assert label in header
+    assert f"rxlm train stages/nano/{path.name}" in header
+    number = re.search(r"Stage (\d) of 5", header)
+    assert number is not None
+    assert int(number[1]) == RECIPES.index(path) + 1
+
+
+@names
+def test_every_section_is_explained(path: Path) -> None:
+    """Catches a recipe that only its author can read."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert sum(line.lstrip().startswith("#") for line in lines) >= 7
+
+
+def test_all_stages_describe_one_model() -> None:
+    """Catches a stage with sizes of its own, which the weights of the stage before do not fit."""
+    models = {stage.recipe.model.model_dump_json() for stage in read_folder(NANO)}  # type: ignore[union-attr]
+    assert len(models) == 1
