@@ -168,7 +168,7 @@ def mistakes_table(mistakes: Sequence[Mapping[str, Any]]) -> Table:
     step = max(1, len(mistakes) // MAX_MISTAKES)
     body = [
         (
-            f"{TEST_NAMES[item['test']]}, {item['distance']} turns ago",
+            f"{TEST_NAMES[item['test']]}, distance {item['distance']}",
             item["told"] or NO_VALUE,
             item["query"],
             item["expected"],

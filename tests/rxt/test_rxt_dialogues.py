@@ -182,7 +182,7 @@ def test_nothing_to_answer_is_an_empty_batch(tiny_tokenizer: Tokenizer) -> None:
     assert batch.num_tokens == len(turn.ids)
 
 
-def test_turns_that_do_not_fit_are_found_before_training(tokenizer: Tokenizer) -> None:
+def test_turns_that_do_not_fit_are_found_before_training(tiny_tokenizer: Tokenizer) -> None:
     """A run that dies at step 3,000 because one turn of the file is too long."""
     short = Conversation((Interaction("Hi.", "Hello."),), id="short")
     long = Conversation(
@@ -192,7 +192,7 @@ def test_turns_that_do_not_fit_are_found_before_training(tokenizer: Tokenizer) -
         ),
         id="long",
     )
-    turns = TurnEncoder(tokenizer, seq_len=40)
+    turns = TurnEncoder(tiny_tokenizer, seq_len=40)
     turns.check_lengths([short], "file")
     with pytest.raises(UserError, match=r"file: 1 of 3 turns .* turn 2 of conversation 'long'"):
         turns.check_lengths([short, long], "file")
