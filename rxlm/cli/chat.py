@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +20,6 @@ from rxlm.cli import console
 from rxlm.errors import UserError
 
 if TYPE_CHECKING:
-    from rxlm.cli.chat_loop import Chat
     from rxlm.ops.sampling import SamplingSettings
 
 PROMPT = "> "
@@ -100,8 +99,10 @@ def chat(
             talk.open(session)
         if sys.stdin.isatty():
             _tell(f"{model_dir}: /help lists the commands, Ctrl-C stops an answer")
-            with _stop_answer_on_interrupt(talk):
-                talk.run(_typed_lines(), forgiving=True)
+            # The session may be another one by then (/new, /load).
+            keyboard = Keyboard(lambda: talk.session.stop())
+            with keyboard.interrupts():
+                talk.run(keyboard.lines(), forgiving=True)
         else:
             talk.run(_piped_lines(), forgiving=False)
 
@@ -141,20 +142,6 @@ def _tell(text: str) -> None:
     console.messages().out(text, highlight=False, style="dim" if sys.stderr.isatty() else None)
 
 
-def _typed_lines() -> Iterator[str]:
-    """Yield what is typed until Ctrl-D; Ctrl-C while typing clears the line."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (importing it gives input() editing and history)
-    while True:
-        try:
-            yield input(PROMPT)
-        except KeyboardInterrupt:
-            _tell("\n(/quit or Ctrl-D leaves)")
-        except EOFError:
-            _say("\n")
-            return
-
-
 def _piped_lines() -> Iterator[str]:
     try:
         yield from sys.stdin
@@ -162,21 +149,42 @@ def _piped_lines() -> Iterator[str]:
         raise UserError(f"standard input is not UTF-8 text ({error}).") from None
 
 
-@contextlib.contextmanager
-def _stop_answer_on_interrupt(talk: Chat) -> Iterator[None]:
-    """Let Ctrl-C end the answer that is being written; while typing, it means what it always does.
+class Keyboard:
+    """Lines that are typed, and what Ctrl-C means: clear the line, or stop the answer."""
 
-    The part of the answer that was shown is remembered.
-    """
+    def __init__(self, stop_answer: Callable[[], None]) -> None:
+        """``stop_answer`` ends the answer that is being written; it does nothing without one."""
+        self._stop_answer = stop_answer
+        self._typing = False
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if talk.answering:
-            talk.session.stop()
-        else:
+    def lines(self) -> Iterator[str]:
+        """Yield what is typed until Ctrl-D."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (importing it gives input() editing and history)
+        while True:
+            try:
+                self._typing = True
+                line = input(PROMPT)
+            except KeyboardInterrupt:
+                _tell("\n(/quit or Ctrl-D leaves)")
+                continue
+            except EOFError:
+                _say("\n")
+                return
+            finally:
+                self._typing = False
+            yield line
+
+    @contextlib.contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """Take Ctrl-C inside the block; the part of the answer that was shown is remembered."""
+        before = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._typing:
             raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        self._stop_answer()

@@ -66,8 +66,6 @@ class Chat:
         self.name: str | None = None
         self._say, self._tell = say, tell
         self._system, self._seed, self._settings = system, seed, settings
-        self.answering = False
-        """Whether an answer is being shown."""
         self._stats: Stats | None = None
         self._write_size: float | None = None
         self.session = self._new_session()
@@ -137,14 +135,6 @@ class Chat:
         self._show(self.session.interact(text))
 
     def _show(self, events: Iterator[Event]) -> None:
-        self.answering = True
-        try:
-            self._show_events(events)
-        finally:
-            self.answering = False
-        self._save_if_named()
-
-    def _show_events(self, events: Iterator[Event]) -> None:
         from rxlm.rxt.session import MemoryUpdated, TextDelta, TurnEnd
 
         for event in events:
@@ -159,6 +149,7 @@ class Chat:
                 self._write_size = event.write_size
             else:
                 self._stats = event
+        self._save_if_named()
 
     def _command(self, name: str, *arguments: str) -> bool:
         """Run a slash command; return whether the conversation goes on."""

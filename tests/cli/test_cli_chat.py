@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rxlm.cli.chat import _stop_answer_on_interrupt, _typed_lines, default_sessions_dir
+from rxlm.cli.chat import Keyboard, default_sessions_dir
 from rxlm.cli.chat_loop import COMMANDS, Chat
 from rxlm.cli.main import main
 from rxlm.errors import UserError
@@ -144,30 +144,32 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model: RxTAlpha, tmp_path: 
 
     sampled = SamplingSettings(temperature=1.0)
     chat = Chat(model, tmp_path, say=interrupt_once, tell=told.append, settings=sampled)
-    with _stop_answer_on_interrupt(chat):
+    with Keyboard(lambda: chat.session.stop()).interrupts():
         chat.run(LINES[:2], forgiving=True)
         assert "[stopped]" in told
         assert [turn.query for turn in chat.session.turns] == LINES[:2]
         first, second = (turn.answer for turn in chat.session.turns)
         assert 0 < len(first) < len(second)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_ctrl_c_while_typing_clears_the_line_and_ctrl_d_leaves(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a program that ends because a half-typed line was thrown away."""
-    typed = iter(["hello", KeyboardInterrupt(), "again", EOFError()])
+    typed = iter(["hello", "interrupted", "again", EOFError()])
 
     def read_line(prompt: str) -> str:
         line = next(typed)
+        if line == "interrupted":
+            signal.raise_signal(signal.SIGINT)
         if isinstance(line, BaseException):
             raise line
         return line
 
     monkeypatch.setattr("builtins.input", read_line)
-    assert list(_typed_lines()) == ["hello", "again"]
+    keyboard = Keyboard(lambda: pytest.fail("there is no answer to stop"))
+    with keyboard.interrupts():
+        assert list(keyboard.lines()) == ["hello", "again"]
     assert "Ctrl-D leaves" in capsys.readouterr().err
 
 

@@ -194,5 +194,5 @@ def test_turns_that_do_not_fit_are_found_before_training(tiny_tokenizer: Tokeniz
     )
     turns = TurnEncoder(tiny_tokenizer, seq_len=40)
     turns.check_lengths([short], "file")
-    with pytest.raises(UserError, match=r"file: 1 of 3 turns .* turn 2 of conversation 'long'"):
+    with pytest.raises(UserError, match=r"file: 1 of 3 turns .*turn 2 of conversation 'long'"):
         turns.check_lengths([short, long], "file")
