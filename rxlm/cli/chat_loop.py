@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rxlm.errors import UserError
+from rxlm.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from rxlm.ops.sampling import SamplingSettings
@@ -110,10 +110,11 @@ class Chat:
 
         Args:
             lines: what the user says, and slash commands; ``//text`` says ``/text``.
-            forgiving: whether a line that cannot be used is only reported.
+            forgiving: whether errors are only reported.
 
         Raises:
             UserError: for a line that cannot be used, unless ``forgiving``.
+            RunError: when the conversation cannot be saved, unless ``forgiving``.
         """
         for line in lines:
             text = line.strip()
@@ -125,7 +126,7 @@ class Chat:
                         return
                 else:
                     self.answer(text[1:] if text.startswith("//") else text)
-            except UserError as error:
+            except (UserError, RunError) as error:
                 if not forgiving:
                     raise
                 self._tell(str(error))

@@ -43,7 +43,10 @@ def demo(
         bool, typer.Option("--resume", hidden=True, help="Be the second process.")
     ] = False,
 ) -> None:
-    """Show that the model remembers a conversation after the program was restarted."""
+    """Show that the model remembers a conversation after the program was restarted.
+
+    It is kept as the session 'demo'; one of an earlier demo is replaced.
+    """
     from rxlm.evaluation.transcript import ASK, TELL, run_script
     from rxlm.rxt.models import RxTAlpha
     from rxlm.training.device import cpu_threads

@@ -15,13 +15,16 @@ import platform
 import shutil
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import rxlm
 from rxlm.cli import console
 from rxlm.errors import RunError
+
+if TYPE_CHECKING:
+    from rxlm.rxt.model import RxTNetwork
 
 # Distribution name -> module that commands import. Every one of them is needed by some command.
 REQUIRED = {
@@ -177,16 +180,15 @@ def find_devices() -> dict[str, Any]:
 
 def find_linear_attention_backends(device: str) -> dict[str, Any]:
     """Return which implementations of linear attention work on ``device``, and why the rest not."""
-    reason = _why_fla_is_not_available(device)
+    from rxlm.ops.linear_attention import select_backend
+
+    choice = select_backend("kda", device=device)
+    fla_runs = choice.name == "fla"
     return {
-        "chosen": "torch" if reason else "fla",
+        "chosen": choice.name,
         "backends": [
             {"name": "torch", "available": True, "reason": "always available"},
-            {
-                "name": "fla",
-                "available": not reason,
-                "reason": reason or "CUDA device, triton and fla-core found",
-            },
+            {"name": "fla", "available": fla_runs, "reason": choice.reason},
         ],
     }
 
@@ -205,16 +207,17 @@ def check_model(device: str) -> tuple[dict[str, Any] | None, str | None]:
         rng_devices = [torch.cuda.current_device()] if device == "cuda" else []
         with torch.random.fork_rng(devices=rng_devices), torch.enable_grad():
             torch.manual_seed(0)
-            model = torch.nn.TransformerEncoderLayer(
-                64, 4, dim_feedforward=128, dropout=0.0, batch_first=True
-            ).to(device)
-            states = torch.randn(4, 32, 64, device=device)
+            model = _tiny_network().to(device)
+            ids = torch.randint(0, model.config.decoder.vocab_size, (4, 32), device=device)
             start = 0.0
             for index in range(num_passes + 1):
                 if index == 1:  # the first pass pays for start-up
                     start = time.perf_counter()
                 model.zero_grad()
-                loss = model(states).square().mean()
+                # One turn is written to memory, the next reads it: every part takes part.
+                slots = model.write_memory(model.initial_memory(4), ids)
+                hidden, _ = model.decoder(ids, memory=model.decoder.read_memory(slots))
+                loss = model.decoder.logits(hidden).square().mean()
                 loss.backward()
                 value = loss.item()  # waits for the device
             milliseconds = (time.perf_counter() - start) * 1000 / num_passes
@@ -230,18 +233,22 @@ def check_model(device: str) -> tuple[dict[str, Any] | None, str | None]:
     return {"device": device, "milliseconds": round(milliseconds, 2)}, None
 
 
-def _why_fla_is_not_available(device: str) -> str:
-    if device == "cpu":
-        return "needs a CUDA device, and torch sees none"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (it comes with the CUDA build of torch)"
-    if importlib.util.find_spec("fla") is None:
-        return "fla-core is not installed: pip install 'reactive-lm[cuda]'"
-    try:
-        importlib.import_module("fla.ops")
-    except IMPORT_ERRORS as error:
-        return f"fla-core does not load: {type(error).__name__}: {error}"
-    return ""
+def _tiny_network() -> RxTNetwork:
+    from rxlm.rxt.model import RxTNetwork
+
+    component = {
+        "num_layers": 2,
+        "vocab_size": 256,
+        "embed_dim": 64,
+        "ff_dim": 128,
+        "att_heads": 4,
+        "stm_size": 16,
+        "self_att_type": "mha",
+        "cross_att_type": "mha",
+        "tie_embeddings": True,
+    }
+    memory = {"num_layers": 2, "embed_dim": 64, "att_heads": 4, "stm_size": 16, "variant": "simple"}
+    return RxTNetwork({"decoder": component, "encoder": component, "memory_attention": memory})
 
 
 def _memory_bytes() -> int | None:

@@ -1,6 +1,6 @@
 """Running the stages of a recipe folder in order: skip what is finished, resume what is not.
 
-Not here: one stage (``stage.py``), what is measured at the end (``pipeline_report.py``), and what
+Not here: one stage (``stage.py``), what is measured at the end (``final_evaluation.py``), and what
 a person sees of it (the command line).
 """
 

@@ -287,6 +287,17 @@ def test_extreme_gates_are_exact_in_float32(name: str, gates: str) -> None:
         torch.testing.assert_close(actual.double(), reference, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_query_head_serves_a_run_of_value_heads(name: str) -> None:
+    """Heads dealt out in turn instead of in runs would show."""
+    arguments = make_arguments(name, 9, heads=(2, 4))
+    whole = FUNCTIONS[name](**arguments)
+    second = {key: x[:, :, 2:] for key, x in arguments.items() if key != "initial_state"}
+    second.update({key: arguments[key][:, :, 1:] for key in ("query", "key")})
+    alone = FUNCTIONS[name](**second, initial_state=arguments["initial_state"][:, 2:])
+    assert_same((whole.output[:, :, 2:], whole.final_state[:, 2:]), tuple(alone))
+
+
 def test_equal_gates_in_all_channels_make_kda_gated_deltanet() -> None:
     """Two mechanisms that read the same decay differently would show."""
     arguments = make_arguments("gated_deltanet", 21)
