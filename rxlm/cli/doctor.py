@@ -300,7 +300,7 @@ def _device_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"linear attention {backend['name']}", f"{state} ({backend['reason']})"))
     rows.append(("linear attention used", linear_attention["chosen"]))
     if check is not None:
-        speed = f"{check['milliseconds']:.1f} ms for a tiny layer"
+        speed = f"{check['milliseconds']:.1f} ms for a tiny model"
         rows.append(("forward and backward", f"works on {check['device']}, {speed}"))
     return rows
 

@@ -46,7 +46,7 @@ class GeneratorConfig(Config):
     favourite colour is Oslo"). Such values do not betray what they were told for, so that the
     binding itself has to be remembered; without them a model knows a city when it sees one, and
     fails on pairs that it never met. Test dialogues (``probe``) use proper values only."""
-    made_up: float = Field(default=0.15, ge=0, lt=1)
+    made_up: float = Field(default=0.1, ge=0, lt=1)
     """Share of the facts whose value is a made-up word of two syllables ("my name is Brulom"),
     which a tokenizer cuts into pieces. Teaches to remember words that no list holds."""
     held_out_values: float = Field(default=0.1, ge=0, lt=1)

@@ -20,6 +20,12 @@ SOFTMAX_KINDS = ("mha", "gqa", "mqa", "sqa")
 LINEAR_KINDS = ("gla", "deltanet", "gated_deltanet", "kda", "md_gdn")
 """Linear (recurrent) self-attention types."""
 
+BUILT_LINEAR_KINDS = ("gla", "deltanet", "gated_deltanet", "kda")
+"""Linear types that are built."""
+
+KINDS_OF_FULL_KEY_WIDTH = ("kda", "md_gdn")
+"""Linear types whose keys are as wide as the model."""
+
 KINDS_WITH_GROUPS = ("gqa", "sqa", "gma", "dma", "local")
 """Types that read the number of key/value heads from a ``*_groups`` field."""
 

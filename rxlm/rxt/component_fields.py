@@ -7,12 +7,18 @@ names of its linear-attention page; what differs says so. Not here: the rules be
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, field_validator
 
 from rxlm.configuration import Config
-from rxlm.rxt.attention_heads import LINEAR_KINDS, HeadCounts, HeadFields, resolve_heads
+from rxlm.rxt.attention_heads import (
+    KINDS_OF_FULL_KEY_WIDTH,
+    LINEAR_KINDS,
+    HeadCounts,
+    HeadFields,
+    resolve_heads,
+)
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveNumber = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -25,6 +31,13 @@ LayerKind = Literal[
 ]  # fmt: skip
 StatelessLayerKind = Literal["dense", "moe"]
 MoeBiasMode = Literal["global", "local", "off"]
+
+
+class HeadWidths(NamedTuple):
+    """Channels of one head of linear attention: of queries and keys, and of values."""
+
+    key: int
+    value: int
 
 
 class ComponentFields(Config):
@@ -239,6 +252,15 @@ class ComponentFields(Config):
     def self_attention_heads(self, layer: int) -> HeadCounts:
         """Head counts of the self-attention of ``layer`` (0 is the first layer with memory)."""
         return resolve_heads(self.self_head_fields(self.layer_types[layer]))
+
+    def linear_head_widths(self, kind: str) -> HeadWidths:
+        """Return K and V of one head of linear self-attention of type ``kind``."""
+        heads = self.self_head_fields(kind).heads
+        expand_k = 1.0 if kind in KINDS_OF_FULL_KEY_WIDTH else self.linear_attn_expand_k
+        return HeadWidths(
+            round(self.embed_dim * expand_k) // heads,
+            round(self.embed_dim * self.linear_attn_expand_v) // heads,
+        )
 
     def _types_of(self, names: tuple[str, ...] | None, count: int) -> tuple[str, ...]:
         if self.use_linear_self_attn:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 from rxlm.configuration import Config
 from rxlm.rxt.attention_heads import (
+    BUILT_LINEAR_KINDS,
+    KINDS_OF_FULL_KEY_WIDTH,
     KINDS_WITH_GROUPS,
     KINDS_WITH_QUERY_GROUPS,
     LINEAR_KINDS,
@@ -30,6 +32,9 @@ _MOE_FIELDS = (
 _LINEAR_FIELDS = (
     "linear_attn_mode", "linear_attn_expand_v", "linear_attn_heads", "linear_attn_use_short_conv",
     "linear_attn_use_gate", "linear_attn_norm_eps",
+)  # fmt: skip
+_SOFTMAX_FIELDS = (
+    "head_dim", "att_dropout", "use_nope", "rope_base", "use_attention_output_bias", "use_qk_norm",
 )  # fmt: skip
 _CROSS_FIELDS = (
     "cross_att_type", "cross_att_groups", "cross_att_query_groups", "copy_path_init",
@@ -61,11 +66,13 @@ def unsupported_features(config: ComponentFields) -> list[str]:
     """Return one sentence per setting whose part this version does not build."""
     sentences = []
     use_instead = f"use self_att_type={one_of(SOFTMAX_KINDS)}"
+    built = (*SOFTMAX_KINDS, *BUILT_LINEAR_KINDS)
     if config.use_linear_self_attn:
-        sentences.append(
-            f"linear_attn_type='{config.linear_attn_type}': linear self-attention {NOT_BUILT}; "
-            f"{use_instead} and use_linear_self_attn=False."
-        )
+        if config.linear_attn_type not in BUILT_LINEAR_KINDS:
+            sentences.append(
+                f"linear_attn_type='{config.linear_attn_type}': this linear self-attention "
+                f"{NOT_BUILT}; use linear_attn_type={one_of(BUILT_LINEAR_KINDS)}."
+            )
     elif config.self_att_type not in (*SOFTMAX_KINDS, "hybrid"):
         sentences.append(
             f"self_att_type='{config.self_att_type}': this attention {NOT_BUILT}; {use_instead}."
@@ -75,12 +82,12 @@ def unsupported_features(config: ComponentFields) -> list[str]:
         "stateless_attn_layer_types",
         "final_stateless_attn_layer_types",
     ):
-        unbuilt = sorted(set(getattr(config, field) or ()) - set(SOFTMAX_KINDS))
+        unbuilt = sorted(set(getattr(config, field) or ()) - set(built))
         if unbuilt:
             names = ", ".join(f"'{name}'" for name in unbuilt)
             sentences.append(
                 f"{field} with {names}: this attention {NOT_BUILT}; "
-                f"use {one_of(SOFTMAX_KINDS)} in each entry."
+                f"use {one_of(built)} in each entry."
             )
     if config.use_moe:
         sentences.append(
@@ -110,7 +117,11 @@ def ignored_fields(config: ComponentFields) -> list[str]:
     attentions = kinds | ({config.cross_att_type} if cross else set())
     fallback_groups = cross and config.cross_att_groups is None
     fallback_queries = cross and config.cross_att_query_groups is None
-    any_gate = config.use_gated_attention or (cross and config.cross_attention_is_gated)
+    softmax = bool(kinds - set(LINEAR_KINDS))
+    fallback_gate = cross and config.use_gated_cross_attention is None
+    any_gate = (softmax and config.use_gated_attention) or (
+        cross and config.cross_attention_is_gated
+    )
     feed_forwards = _stateless(config)
 
     unread = {"use_flash_attention", "init_identity_norm"}
@@ -131,16 +142,17 @@ def ignored_fields(config: ComponentFields) -> list[str]:
         "att_query_groups",
     )
     unless(bool(kinds & {"gma", "dma"}), "att_experts", "att_query_experts")
-    unless(bool(attentions - set(LINEAR_KINDS)), "head_dim", "use_qk_norm")
+    unless(bool(attentions - set(LINEAR_KINDS)), *_SOFTMAX_FIELDS)
     unless(cross, *_CROSS_FIELDS)
     unless(cross_fields.kind in KINDS_WITH_GROUPS, "cross_att_groups")
     unless(cross_fields.kind in KINDS_WITH_QUERY_GROUPS, "cross_att_query_groups")
+    unless(softmax or fallback_gate, "use_gated_attention")
     unless(any_gate, "gated_attention_activation")
     unless(not config.use_nope, "rope_base")
     unless(config.use_head_norm, "head_norm_type")
     unless(config.use_linear_self_attn, "linear_attn_type")
     unless(bool(linear), *_LINEAR_FIELDS)
-    unless(bool(linear - {"kda", "md_gdn"}), "linear_attn_expand_k")
+    unless(bool(linear - set(KINDS_OF_FULL_KEY_WIDTH)), "linear_attn_expand_k")
     unless(bool(linear) and config.linear_attn_use_short_conv, "linear_attn_conv_size")
     unless("dense" in feed_forwards, "dense_layer_dim")
     unless(config.use_moe or "moe" in feed_forwards, *_MOE_FIELDS)
@@ -238,10 +250,10 @@ def _linear_problems(config: ComponentFields) -> list[str]:
     heads = config.self_head_fields(next(iter(linear))).heads
     name = "linear_attn_heads" if config.linear_attn_heads else "att_heads"
     factors = {"linear_attn_expand_v": config.linear_attn_expand_v}
-    if linear - {"kda", "md_gdn"}:
+    if linear - set(KINDS_OF_FULL_KEY_WIDTH):
         factors["linear_attn_expand_k"] = config.linear_attn_expand_k
     problems = []
-    if linear & {"kda", "md_gdn"}:  # Their key width is embed_dim / heads.
+    if linear & set(KINDS_OF_FULL_KEY_WIDTH):  # Their key width is embed_dim / heads.
         problems += width_problems(
             config.embed_dim, heads, rotary=False, nope_field=None, heads_field=name
         )

@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, P past and present tokens, L layers, S slots, D width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from rxlm.memory.attention import HeadSettings, MemoryAttention, MemorySettings
 from rxlm.memory.gates import GateSettings
 from rxlm.nn.attention import KeyValue
+from rxlm.nn.recurrent_cache import RecurrentCache
 from rxlm.ops.attention import visible_keys
 from rxlm.ops.rotary import rotary_phases, token_positions
+from rxlm.rxt.attention_heads import LINEAR_KINDS
 from rxlm.rxt.config import HeadCounts, MemoryAttentionConfig, RxTComponentConfig
-from rxlm.rxt.layers import ReactiveLayer
+from rxlm.rxt.layers import LayerCache, ReactiveLayer
 
 
 class MemoryReading(NamedTuple):
@@ -36,19 +39,38 @@ class MemoryReading(NamedTuple):
 class DecodeCache(NamedTuple):
     """What decoding has seen of the current turn, as a value.
 
-    ``layers``: keys and values a layer, ``[B, P, G, K]``; ``key_mask``: bool ``[B, P]``, True at
-    real tokens; ``lengths``: int ``[B]``, real tokens so far (the next position of each row).
+    ``layers``: what each layer keeps, :class:`KeyValue` ``[B, P, G, K]`` or
+    :class:`~rxlm.nn.recurrent_cache.RecurrentCache`; ``key_mask``: bool ``[B, P]``, True at real
+    tokens (P = 0 if no layer keeps keys: then nothing here grows); ``lengths``: int ``[B]``, real
+    tokens so far (the next position of each row).
     """
 
-    layers: tuple[KeyValue, ...]
+    layers: tuple[LayerCache, ...]
     key_mask: Tensor
     lengths: Tensor
+
+    def select(self, rows: Sequence[int] | Tensor) -> DecodeCache:
+        """Return the batch's ``rows``, in that order; a row may be repeated."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.lengths.device)
+        return DecodeCache(
+            tuple(_rows_of(layer, index) for layer in self.layers),
+            self.key_mask.index_select(0, index),
+            self.lengths.index_select(0, index),
+        )
+
+
+def _rows_of(layer: LayerCache, index: Tensor) -> LayerCache:
+    if isinstance(layer, RecurrentCache):
+        return layer.select(index)
+    return KeyValue(*(part.index_select(0, index) for part in layer))
 
 
 class _Component(nn.Module):
     """Embedding and layer stack that encoder and decoder share."""
 
-    def __init__(self, config: RxTComponentConfig, *, reads_memory: bool) -> None:
+    def __init__(
+        self, config: RxTComponentConfig, *, reads_memory: bool, bidirectional: bool = False
+    ) -> None:
         super().__init__()
         config.require_supported()
         self.config = config
@@ -56,9 +78,10 @@ class _Component(nn.Module):
         # Std D**-0.5 fits a tied head; the factor D**0.5 on the input restores unit scale.
         nn.init.normal_(self.embedding.weight, std=config.embed_dim**-0.5)
         self.layers = nn.ModuleList(
-            ReactiveLayer(config, layer, reads_memory=reads_memory)
+            ReactiveLayer(config, layer, reads_memory=reads_memory, bidirectional=bidirectional)
             for layer in range(config.num_layers)
         )
+        self._has_keys = bool(set(config.layer_types) - set(LINEAR_KINDS))
 
     def load_shared_embedding(self, embedding: nn.Embedding) -> None:
         """Use ``embedding`` (the same object) in place of the own one."""
@@ -77,7 +100,7 @@ class RxTEncoder(_Component):
     """Bidirectional reader of a finished turn."""
 
     def __init__(self, config: RxTComponentConfig | dict[str, Any]) -> None:
-        super().__init__(RxTComponentConfig.parse(config), reads_memory=False)
+        super().__init__(RxTComponentConfig.parse(config), reads_memory=False, bidirectional=True)
 
     def forward(self, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Encode turns.
@@ -90,12 +113,17 @@ class RxTEncoder(_Component):
             the states after every layer, ``[L, B, T, D]``; padded positions hold finite values
             that nothing may read.
         """
-        mask = visible_keys(key_mask, ids.shape[1], ids.shape[1], causal=False, device=ids.device)
-        phases = self._phases(token_positions(key_mask, ids.shape[1], ids.device))
+        length = ids.shape[1]
+        mask = (
+            visible_keys(key_mask, length, length, causal=False, device=ids.device)
+            if self._has_keys
+            else None
+        )
+        phases = self._phases(token_positions(key_mask, length, ids.device))
         x = self._embed(ids)
         states = []
         for layer in self.layers:
-            x, _ = layer(x, mask=mask, phases=phases)
+            x, _ = layer(x, mask=mask, phases=phases, key_mask=key_mask)
             states.append(x)
         return torch.stack(states)
 
@@ -156,6 +184,7 @@ class RxTDecoder(_Component):
         Returns:
             hidden states ``[B, T, D]`` (see :meth:`logits`) and the cache with the new tokens.
         """
+        given_mask = key_mask
         if key_mask is None:
             key_mask = torch.ones_like(ids, dtype=torch.bool)
         # Positions count real tokens, so padding on either side moves nothing.
@@ -164,25 +193,28 @@ class RxTDecoder(_Component):
         if cache is not None:
             past_mask, start = cache.key_mask, cache.lengths
         positions = (counts - 1).clamp(min=0) + start[:, None]
-        all_keys = torch.cat((past_mask, key_mask), dim=1)
-        mask = visible_keys(
-            all_keys, ids.shape[1], all_keys.shape[1], causal=True, device=ids.device
-        )
+        mask, all_keys = None, past_mask
+        if self._has_keys:
+            all_keys = torch.cat((past_mask, key_mask), dim=1)
+            mask = visible_keys(
+                all_keys, ids.shape[1], all_keys.shape[1], causal=True, device=ids.device
+            )
         phases = self._phases(positions)
         x = self._embed(ids)
-        key_values = []
+        kept = []
         for index, layer in enumerate(self.layers):
-            x, key_value = layer(
+            x, present = layer(
                 x,
                 mask=mask,
                 phases=phases,
+                key_mask=given_mask,
                 past=None if cache is None else cache.layers[index],
                 memory=memory.layers[index] if memory is not None and memory.layers else None,
                 memory_mask=None if memory is None else memory.mask,
             )
-            key_values.append(key_value)
+            kept.append(present)
         lengths = start + counts[:, -1] if ids.shape[1] else start
-        return self.head_norm(x), DecodeCache(tuple(key_values), all_keys, lengths)
+        return self.head_norm(x), DecodeCache(tuple(kept), all_keys, lengths)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score the vocabulary: ``[..., D]`` to ``[..., V]``."""

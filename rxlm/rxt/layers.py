@@ -1,7 +1,7 @@
 """One layer of the decoder or the encoder (RxT, arXiv 2510.03561, 3.2).
 
-    h1 = x  + SelfAttention(norm(x))
-    h2 = h1 + MemoryCrossAttention(norm(h1), norm(slots))     # decoder only
+    h1 = x  + SelfAttention(norm(x))                            # softmax or linear
+    h2 = h1 + MemoryCrossAttention(norm(h1), norm(slots))       # decoder only
     y  = h2 + FeedForward(norm(h2))
 
 Shapes: B batch, T tokens, P past and present tokens, S slots, D width.
@@ -13,17 +13,43 @@ from torch import Tensor, nn
 
 from rxlm.nn.attention import Attention, AttentionSettings, KeyValue, initialize_copy_path
 from rxlm.nn.feed_forward import FeedForward
+from rxlm.nn.linear_attention import LinearAttention, LinearAttentionSettings
 from rxlm.nn.norms import make_norm
+from rxlm.nn.recurrent_cache import RecurrentCache
+from rxlm.rxt.attention_heads import LINEAR_KINDS
 from rxlm.rxt.config import RxTComponentConfig
+
+LayerCache = KeyValue | RecurrentCache
+"""The past of one layer, a value: keys and values of all tokens, or a state of constant size."""
 
 
 class ReactiveLayer(nn.Module):
     """Self-attention, optional memory cross-attention, feed-forward; pre-norm residuals."""
 
-    def __init__(self, config: RxTComponentConfig, layer: int, *, reads_memory: bool) -> None:
+    def __init__(
+        self,
+        config: RxTComponentConfig,
+        layer: int,
+        *,
+        reads_memory: bool,
+        bidirectional: bool = False,
+    ) -> None:
+        """Build the layer.
+
+        Args:
+            config: of the component.
+            layer: which of its layers with memory, from 0.
+            reads_memory: whether there is memory cross-attention.
+            bidirectional: whether linear self-attention sees later tokens; softmax attention sees
+                what its mask shows.
+        """
         super().__init__()
         self.norm_self = _norm(config)
-        self.self_attention = Attention(_self_attention_settings(config, layer))
+        self.self_attention: Attention | LinearAttention = (
+            LinearAttention(_linear_settings(config, layer, bidirectional))
+            if config.layer_types[layer] in LINEAR_KINDS
+            else Attention(_self_attention_settings(config, layer))
+        )
         self.reads_memory = reads_memory
         if reads_memory:
             self.norm_cross = _norm(config)
@@ -49,14 +75,14 @@ class ReactiveLayer(nn.Module):
                     nn.init.zeros_(module.bias)
         for attention in self._attentions():
             attention.output.weight.data.mul_(scale)
-            if attention.settings.gated:
+            if isinstance(attention, Attention) and attention.settings.gated:
                 # sigmoid(0) = 1/2 for every input: an open, unsaturated gate.
                 nn.init.zeros_(attention.gate.weight)
         self.feed_forward.down.weight.data.mul_(scale)
         if self.reads_memory and config.copy_path_init:
             initialize_copy_path(self.cross_attention, scale)
 
-    def _attentions(self) -> list[Attention]:
+    def _attentions(self) -> list[Attention | LinearAttention]:
         both = [self.self_attention]
         if self.reads_memory:
             both.append(self.cross_attention)
@@ -72,31 +98,52 @@ class ReactiveLayer(nn.Module):
         *,
         mask: Tensor | None,
         phases: Tensor | None,
-        past: KeyValue | None = None,
+        key_mask: Tensor | None = None,
+        past: LayerCache | None = None,
         memory: KeyValue | None = None,
         memory_mask: Tensor | None = None,
-    ) -> tuple[Tensor, KeyValue]:
+    ) -> tuple[Tensor, LayerCache | None]:
         """Run the layer on ``x`` ``[B, T, D]``.
 
         Args:
             x: hidden states.
-            mask: what each token sees of past and present, bool ``[., 1, T, P]`` or None.
+            mask: what each token sees of past and present, bool ``[., 1, T, P]`` or None; for
+                softmax self-attention.
             phases: rotary phases of the T positions, or None without rotary embedding.
-            past: keys and values of earlier tokens; unchanged.
+            key_mask: bool ``[B, T]``, True at real tokens, or None; for linear self-attention.
+            past: what this layer kept of earlier tokens; unchanged.
             memory: projected slots from :meth:`read_slots`; None skips the memory.
             memory_mask: bool ``[B, 1, 1, S]``, which slots are visible; None = all.
 
         Returns:
-            hidden states ``[B, T, D]`` and the keys and values of past and present tokens.
+            hidden states ``[B, T, D]`` and what to keep of past and present tokens (None for linear
+            attention in both directions).
         """
         normed = self.norm_self(x)
-        present = self.self_attention.project(normed, phases)
-        if past is not None:
-            present = past.append(present)
-        x = x + self.self_attention(normed, present, mask, phases)
+        mixed, present = self._attend_to_self(normed, mask, phases, key_mask, past)
+        x = x + mixed
         if self.reads_memory and memory is not None:
             x = x + self.cross_attention(self.norm_cross(x), memory, memory_mask, phases)
         return x + self.feed_forward(self.norm_feed_forward(x)), present
+
+    def _attend_to_self(
+        self,
+        normed: Tensor,
+        mask: Tensor | None,
+        phases: Tensor | None,
+        key_mask: Tensor | None,
+        past: LayerCache | None,
+    ) -> tuple[Tensor, LayerCache | None]:
+        attention = self.self_attention
+        if isinstance(attention, LinearAttention):
+            assert past is None or isinstance(past, RecurrentCache)
+            # Not rotated: the recurrence knows the order.
+            return attention(normed, key_mask, past)
+        present = attention.project(normed, phases)
+        if past is not None:
+            assert isinstance(past, KeyValue)
+            present = past.append(present)
+        return attention(normed, present, mask, phases), present
 
 
 def _norm(config: RxTComponentConfig) -> nn.Module:
@@ -117,6 +164,24 @@ def _self_attention_settings(config: RxTComponentConfig, layer: int) -> Attentio
         gated=config.use_gated_attention,
         gate_activation=config.gated_attention_activation,
         norm_eps=config.norm_eps,
+    )
+
+
+def _linear_settings(
+    config: RxTComponentConfig, layer: int, bidirectional: bool
+) -> LinearAttentionSettings:
+    widths = config.linear_head_widths(config.layer_types[layer])
+    return LinearAttentionSettings(
+        mechanism=config.layer_types[layer],
+        dim=config.embed_dim,
+        num_heads=config.self_attention_heads(layer).query,
+        key_dim=widths.key,
+        value_dim=widths.value,
+        mode=config.linear_attn_mode,
+        conv_size=config.linear_attn_conv_size if config.linear_attn_use_short_conv else None,
+        gated=config.linear_attn_use_gate,
+        bidirectional=bidirectional,
+        norm_eps=config.linear_attn_norm_eps,
     )
 
 

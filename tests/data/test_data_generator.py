@@ -27,7 +27,7 @@ rows = [generator.conversation(index, 8).to_dict() for index in range(20)]
 rows += [generator.probe(index, distance=5, num_facts=4).to_dict() for index in range(20)]
 fingerprint = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 """
-FINGERPRINT = "dd5ab571db556a4411be2a5193d6fd36c5452a08c95ca0e3a69424958048346d"
+FINGERPRINT = "186eace60cb41a0827c609673dd8ad254cd34c556d29bcbc301ea42b1471db93"
 
 
 def replay(conversation: Conversation) -> None:

@@ -102,19 +102,19 @@ def norm_type(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=EVERY.values(), ids=EVERY.keys())
+@pytest.fixture(params=list(EVERY.values()), ids=list(EVERY))
 def combination(request: pytest.FixtureRequest) -> Combination:
     """Every variant with every norm and every gate."""
     return request.param
 
 
-@pytest.fixture(params=PAIRWISE.values(), ids=PAIRWISE.keys())
+@pytest.fixture(params=list(PAIRWISE.values()), ids=list(PAIRWISE))
 def pair(request: pytest.FixtureRequest) -> Combination:
     """A choice of combinations in which every two options meet."""
     return request.param
 
 
-@pytest.fixture(params=GATES.values(), ids=GATES.keys())
+@pytest.fixture(params=list(GATES.values()), ids=list(GATES))
 def gate(request: pytest.FixtureRequest) -> GateSettings:
     """Each form of the residual gate."""
     return request.param

@@ -108,6 +108,32 @@ def test_projecting_ahead_equals_forward(pair: Any, make_memory: Maker) -> None:
         torch.testing.assert_close(ahead, one_by_one, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (2, 1), (1, 2)])
+def test_shown_weights_are_those_of_the_write(
+    heads: tuple[int, int], variant: str, make_memory: Maker
+) -> None:
+    """Catches a picture of the write that is not what the kernel does: the weights must give the
+    same memory, be zero on padding, and sum to one (equal ones where there is no token)."""
+    memory = make_memory(variant, heads=heads)
+    slots, states = random_turn()
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[0, 1:3] = False
+    weights = memory.write_weights(slots, states, mask)
+    assert weights.shape == (4, 2, max(heads), 3, 5)
+    assert weights[:, 0, :, :, 1:3].abs().max() == 0
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(4, 2, max(heads), 3))
+    values = memory.project(states, mask).value.unflatten(0, (4, 2))
+    values = values.repeat_interleave(max(heads) // heads[1], dim=3)
+    read = torch.einsum("lbhsp,lbphk->lbshk", weights, values).flatten(-2)
+    update = torch.einsum("lbsk,lkd->lbsd", read, memory.write_attention.output)
+    seen = []
+    memory.gate.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[1]))
+    memory(slots, states, mask)
+    torch.testing.assert_close(seen[0], update, atol=1e-5, rtol=1e-5)
+    empty = memory.write_weights(slots, states, torch.zeros_like(mask))
+    assert torch.equal(empty, torch.full_like(empty, 0.2))
+
+
 def test_padding_changes_nothing(pair: Any, make_memory: Maker) -> None:
     """Catches padded tokens that are read, counted as positions, or averaged over."""
     memory = make_memory(*pair)
@@ -251,7 +277,7 @@ def test_the_size_of_the_encoder_states_does_not_matter(make_memory: Maker) -> N
 @pytest.mark.parametrize("gate_type", ["static", "elementwise", "linear"])
 @pytest.mark.parametrize("tanh", [False, True])
 def test_memory_stays_bounded_over_many_turns(
-    gate_type: str, tanh: bool, variant: str, make_memory: Maker
+    gate_type: Any, tanh: bool, variant: str, make_memory: Maker
 ) -> None:
     """Catches a gate that is not convex (the reference's 1 + g and 1 - g): every written element
     must lie between the old and the update, so 200 turns cannot make the memory grow."""

@@ -117,7 +117,7 @@ def written_out(memory: MemoryAttention, slots: Tensor, states: Tensor, key_mask
                 result[layer, b] = old
                 continue
             first = layer // size * size
-            mean = sum(slots[j, b] for j in range(first, first + size)) / size
+            mean = torch.stack([slots[j, b] for j in range(first, first + size)]).mean(dim=0)
             mixed = old
             if settings.variant != "simple":
                 normed = normalized(memory.mix_norm, layer, old)

@@ -171,7 +171,7 @@ def influence(module: nn.Module, run: Any) -> Tensor:
         captured.append(output.detach().requires_grad_())
         return captured[-1]
 
-    hook = module.embedding.register_forward_hook(capture)  # type: ignore[operator, union-attr]
+    hook = module.embedding.register_forward_hook(capture)  # type: ignore[union-attr]
     outputs = run()
     hook.remove()
     weight = torch.randn(outputs.shape[-1])
@@ -353,10 +353,11 @@ def test_parameter_counts() -> None:
 @pytest.mark.parametrize(
     ("build", "fields", "named"),
     [
-        (RxTDecoder, {"use_linear_self_attn": True}, "use_linear_self_attn=False"),
+        (RxTDecoder, {"use_linear_self_attn": True, "linear_attn_type": "md_gdn"},
+         "'gla'|'deltanet'|'gated_deltanet'|'kda'"),
         (RxTDecoder, {"self_att_type": "local"}, "'mha'|'gqa'|'mqa'|'sqa'"),
-        (RxTEncoder, {"self_att_type": "hybrid", "attn_layer_types": ["gla", "mha"]},
-         "'mha'|'gqa'|'mqa'|'sqa'"),
+        (RxTEncoder, {"self_att_type": "hybrid", "attn_layer_types": ["local", "mha"]},
+         "'mha'|'gqa'|'mqa'|'sqa'|'gla'"),
         (RxTEncoder, {"use_moe": True}, "use_moe=False"),
         (RxTDecoder, {"stateless_layers_config": ["dense"]}, "stateless_layers_config=None"),
         (RxTEncoder, {"legacy_stm_in_encoder": True}, "legacy_stm_in_encoder=False"),

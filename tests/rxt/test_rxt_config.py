@@ -133,13 +133,13 @@ def test_defaults_describe_a_buildable_model() -> None:
     assert MemoryAttentionConfig().ignored_fields() == []
 
 
-def test_linear_attention_page_validates_and_says_what_is_missing() -> None:
+def test_linear_attention_page_is_supported() -> None:
     """Catches strictness that refuses a published configuration, and silence about its parts."""
     config = RxTComponentConfig.parse(LINEAR_ATTENTION_PAGE)
     assert config.layer_types == ("kda",) * 12
     assert config.cross_attention_heads == HeadCounts(12, 1)
-    with pytest.raises(UserError, match=r"linear_attn_type='kda'.*not built.*'mha'\|'gqa'"):
-        config.require_supported()
+    config.require_supported()
+    assert config.linear_head_widths("kda") == (64, 64)
     assert set(config.ignored_fields()) == {
         "self_att_type", "att_groups", "att_query_groups", "cross_att_query_groups",
         "use_flash_attention", "num_experts", "moe_top_k",
@@ -307,7 +307,10 @@ def test_component_errors_name_the_remedy(fields: dict[str, Any], remedy: str) -
     [
         ({"self_att_type": "gma"}, ["self_att_type='gma'"]),
         ({"self_att_type": "local"}, ["self_att_type='local'"]),
-        ({"use_linear_self_attn": True}, ["linear_attn_type='gla'"]),
+        (
+            {"use_linear_self_attn": True, "linear_attn_type": "md_gdn"},
+            ["linear_attn_type='md_gdn'"],
+        ),
         (
             {"num_layers": 2, "self_att_type": "hybrid", "attn_layer_types": ["dma", "md_gdn"]},
             ["attn_layer_types with 'dma', 'md_gdn'"],
@@ -337,8 +340,12 @@ def test_unbuilt_parts_validate_and_are_named(fields: dict[str, Any], names: lis
         {"use_nope": True, "use_gated_attention": True, "use_qk_norm": True},
         {"use_head_norm": True, "head_norm_type": "rms_norm", "tie_embeddings": True},
         {"skip_memory_cross_attention": True},
+        {"use_linear_self_attn": True, "linear_attn_expand_k": 1.0, "use_nope": True},
+        {"use_linear_self_attn": True, "linear_attn_type": "kda", "linear_attn_mode": "fused",
+         "linear_attn_use_short_conv": True, "linear_attn_conv_size": 3,
+         "linear_attn_use_gate": False, "linear_attn_heads": 4, "linear_attn_expand_v": 2.0},
     ],
-)
+)  # fmt: skip
 def test_built_parts_are_supported_and_read(fields: dict[str, Any]) -> None:
     """Catches built parts that are reported as missing or as having no effect."""
     config = RxTComponentConfig(**fields)
@@ -356,6 +363,17 @@ def test_settings_without_effect_are_reported() -> None:
         "dense_layer_dim", "head_norm_type", "rope_base", "cross_att_type",
         "linear_attn_conv_size",
     ]  # fmt: skip
+    linear = RxTComponentConfig(
+        use_linear_self_attn=True, linear_attn_type="kda", linear_attn_expand_k=1.0, att_dropout=0.1,
+        use_gated_attention=True, use_gated_cross_attention=False, self_att_type="mha",
+    )  # fmt: skip
+    assert linear.ignored_fields() == [
+        "self_att_type", "use_gated_attention", "linear_attn_expand_k",
+    ]  # fmt: skip
+    alone = RxTComponentConfig(
+        use_linear_self_attn=True, skip_memory_cross_attention=True, use_nope=True, att_dropout=0.1,
+    )  # fmt: skip
+    assert alone.ignored_fields() == ["att_dropout", "use_nope"]
     memory = MemoryAttentionConfig(
         variant="simple", interlayer_att_type="mha", num_groups=5, norm_decay=0.5,
         disable_residual=True, residual_gate_init=0.0,

@@ -33,10 +33,12 @@ def conversation(*turns: tuple[str, str], system: str | None = None) -> Conversa
 
 RAGGED = (
     conversation(("hi", "hello"), ("my name is ann", "nice to meet you, ann"), ("bye", "bye")),
-    conversation(("what is my name", "i do not know"), system="you are kind"),
+    conversation(
+        ("what is my name", "i do not know"), ("oh", "yes"), ("so", "no"), system="you are kind"
+    ),
     conversation(("a", "b"), ("what now", "your name is ann and that is a long answer")),
 )
-"""Dialogues of 3, 1 (after a system prompt) and 2 turns."""
+"""Dialogues of 3 turns, of 3 after a system prompt, and of 2."""
 
 
 def content(rows: tuple[Rows, ...]) -> list[tuple[int, list[int], list[int], int]]:
@@ -66,7 +68,8 @@ def test_every_turn_is_encoded_and_answered_once(
 ) -> None:
     """Catches a turn that is lost, doubled, or filed under another dialogue or position, and a
     system prompt that is answered or not counted as turn 0."""
-    expected_encode, expected_answer = [], []
+    expected_encode: list[tuple[int, list[int], list[int], int]] = []
+    expected_answer: list[tuple[int, list[int], list[int], int]] = []
     for b, item in enumerate(RAGGED):
         turns = [encode_interaction(tiny_tokenizer, i.query, i.answer) for i in item.interactions]
         first = 0
@@ -80,7 +83,7 @@ def test_every_turn_is_encoded_and_answered_once(
     batch = batch_of(tiny_tokenizer, num_buckets)
     assert content(batch.encode) == sorted(expected_encode)
     assert content(batch.answer) == sorted(expected_answer)
-    assert (batch.num_dialogues, batch.num_turns) == (3, 3)
+    assert (batch.num_dialogues, batch.num_turns) == (3, 4)
     assert batch.num_tokens == sum(
         len(ids) for _, ids, _, _ in (*expected_encode, *expected_answer)
     )
@@ -149,6 +152,17 @@ def test_a_turn_that_does_not_fit_is_refused(tiny_tokenizer: Tokenizer) -> None:
     assert len(TurnEncoder(tiny_tokenizer, system).system("be kind").ids) == system
     with pytest.raises(UserError, match=f"system prompt has {system} tokens.*seq_len={system - 1}"):
         TurnEncoder(tiny_tokenizer, system - 1).system("be kind")
+
+
+def test_the_length_check_agrees_with_the_tokenizer(tiny_tokenizer: Tokenizer) -> None:
+    """Catches a short cut by the number of bytes that overlooks a turn which does not fit."""
+    for item in RAGGED:
+        for turn in item.interactions:
+            length = len(encode_interaction(tiny_tokenizer, turn.query, turn.answer).ids)
+            alone = Conversation((turn,), id="c-7")
+            TurnEncoder(tiny_tokenizer, length).check_lengths([alone], "x")
+            with pytest.raises(UserError, match=r"1 of 1 turns.*conversation 'c-7'"):
+                TurnEncoder(tiny_tokenizer, length - 1).check_lengths([alone], "x")
 
 
 @pytest.mark.parametrize("cache_size", [0, 1, 100])

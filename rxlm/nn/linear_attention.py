@@ -1,0 +1,303 @@
+"""One linear attention module. GLA, DeltaNet, Gated DeltaNet and KDA are settings, not classes.
+
+    q, k, v  = projections of x, through a short convolution and SiLU
+    q, k     = scaled to length 1 (the delta rule needs it; not GLA)
+    gates    = decay and write strength from x (:mod:`rxlm.nn.linear_gates`)
+    heads    = the mechanism (:mod:`rxlm.ops.linear_attention`), from the state of the past
+    y        = output(norm(heads) * activation(gate(x)))
+
+No positions: order comes from the recurrence, so nothing is rotated. Padding leaves no trace on
+either side, neither in the state nor in the convolution.
+
+In both directions (for an encoder): projections, convolution (centred), norm and output are
+shared, each direction has gates of its own. The second scan runs over the reversed tokens and
+reads *before* its token is written, so that the token itself counts once. It costs a second scan
+and a second set of gates, nothing else.
+
+Shapes: B batch, T tokens, D width, H query/key heads, HV value heads, K/V head dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rxlm.errors import UserError
+from rxlm.nn.linear_gates import Gates, TokenGates
+from rxlm.nn.recurrent_cache import RecurrentCache
+from rxlm.nn.short_conv import RealTokensFirst, ShortConvolution
+from rxlm.ops import linear_attention as ops
+
+Mode = Literal["chunk", "fused"]
+FORMS: dict[str, Literal["chunk", "recurrent"]] = {"chunk": "chunk", "fused": "recurrent"}
+"""Mode -> the form of the operation that computes more than one token."""
+
+_OPERATIONS: dict[str, Callable[..., ops.LinearAttentionResult]] = {
+    "gla": ops.gla,
+    "deltanet": ops.deltanet,
+    "gated_deltanet": ops.gated_deltanet,
+    "kda": ops.kda,
+}
+_WITH_VALUE_HEADS = ("gated_deltanet", "kda")
+"""Mechanisms that are published with more value heads than query heads."""
+
+
+@dataclass(frozen=True)
+class LinearAttentionSettings:
+    """What distinguishes one linear attention from another.
+
+    Attributes:
+        mechanism: ``gla``, ``deltanet``, ``gated_deltanet`` or ``kda``.
+        dim: D.
+        num_heads: H.
+        key_dim: K, of one head.
+        value_dim: V, of one head.
+        num_value_heads: HV, a multiple of H (Gated DeltaNet and KDA only); None = H.
+        mode: ``chunk`` computes many tokens at once, ``fused`` one after the other in one kernel
+            (in plain PyTorch: one after the other). One token is always a single step.
+        conv_size: tokens of the short convolution; None = no convolution.
+        gated: whether the output is gated.
+        bidirectional: whether each token sees all others; such a layer has no cache.
+        norm_eps: of the norm of the output heads.
+        backend: see :func:`rxlm.ops.linear_attention.select_backend`.
+    """
+
+    mechanism: str
+    dim: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    num_value_heads: int | None = None
+    mode: Mode = "chunk"
+    conv_size: int | None = 4
+    gated: bool = True
+    bidirectional: bool = False
+    norm_eps: float = 1e-5
+    backend: Literal["auto", "torch", "fla"] = "auto"
+
+    def __post_init__(self) -> None:
+        for field, given, known in (
+            ("mechanism", self.mechanism, tuple(_OPERATIONS)),
+            ("mode", self.mode, tuple(FORMS)),
+        ):
+            if given not in known:
+                raise UserError(
+                    f"linear attention {field}={given!r} does not exist: use one of "
+                    f"{', '.join(known)}."
+                )
+        sizes = ("dim", "num_heads", "key_dim", "value_dim", "num_value_heads", "conv_size")
+        for field in sizes:
+            size = getattr(self, field)
+            if size is not None and size < 1:
+                raise UserError(f"linear attention {field}={size} must be positive.")
+        if self.value_heads % self.num_heads:
+            raise UserError(
+                f"num_value_heads={self.value_heads} is not a multiple of "
+                f"num_heads={self.num_heads}: each query head serves equally many value heads."
+            )
+        if self.value_heads != self.num_heads and self.mechanism not in _WITH_VALUE_HEADS:
+            raise UserError(
+                f"num_value_heads={self.value_heads} with num_heads={self.num_heads}: "
+                f"{self.mechanism} has as many value heads as heads (more are possible with "
+                f"{' and '.join(_WITH_VALUE_HEADS)})."
+            )
+
+    @property
+    def value_heads(self) -> int:
+        """HV."""
+        return self.num_heads if self.num_value_heads is None else self.num_value_heads
+
+
+class LinearAttention(nn.Module):
+    """Self-attention with a state of constant size. State is passed in and returned, never kept."""
+
+    def __init__(self, settings: LinearAttentionSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        dim, value_dim, value_heads = settings.dim, settings.value_dim, settings.value_heads
+        key_width, value_width = settings.num_heads * settings.key_dim, value_heads * value_dim
+        self._widths = (key_width, key_width, value_width)
+        self.query_key_value = nn.Linear(dim, sum(self._widths), bias=False)
+        self.gates = self._make_gates()
+        if settings.bidirectional:
+            self.backward_gates = self._make_gates()
+        if settings.conv_size is not None:
+            self.short_convolution = ShortConvolution(
+                sum(self._widths), settings.conv_size, centred=settings.bidirectional
+            )
+        self.norm = nn.RMSNorm(value_dim, eps=settings.norm_eps)
+        if settings.gated:
+            self.output_gate = (
+                nn.Sequential(
+                    nn.Linear(dim, value_dim, bias=False), nn.Linear(value_dim, value_width)
+                )
+                if settings.mechanism == "kda"
+                else nn.Linear(dim, value_width, bias=False)
+            )
+        self.output = nn.Linear(value_width, dim, bias=False)
+
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None = None, cache: RecurrentCache | None = None
+    ) -> tuple[Tensor, RecurrentCache | None]:
+        """Run over new tokens.
+
+        Args:
+            x: ``[B, T, D]``.
+            key_mask: ``[B, T]`` bool, True at real tokens, wherever they stand; None = all. The
+                others change nothing and yield zeros.
+            cache: what was seen before; None for nothing. Unchanged.
+
+        Returns:
+            ``[B, T, D]``, and the cache with the new tokens; None in both directions.
+
+        Raises:
+            UserError: for a cache where attention goes in both directions, or a mask of another
+                shape or type.
+        """
+        if self.settings.bidirectional and cache is not None:
+            raise UserError(
+                "linear attention in both directions has no cache: it sees later tokens, so the "
+                "whole sequence is computed at once."
+            )
+        if key_mask is not None:
+            _check_mask(x, key_mask)
+        if key_mask is None or x.shape[1] == 1:
+            return self._attend(x, key_mask, cache)
+        order = RealTokensFirst(key_mask)
+        y, cache = self._attend(order.pack(x), order.key_mask, cache)
+        return order.unpack(y), cache
+
+    def backend(self, x: Tensor, num_tokens: int | None = None) -> ops.BackendChoice:
+        """Return which backend computes ``num_tokens`` (default: those of ``x``) and why.
+
+        Args:
+            x: hidden states ``[B, T, D]`` as :meth:`forward` gets them.
+            num_tokens: T.
+        """
+        return ops.select_backend(
+            self.settings.mechanism,
+            backend=self.settings.backend,
+            form=self._form(x.shape[1] if num_tokens is None else num_tokens),
+            device=x.device,
+            dtype=x.dtype,
+            key_dim=self.settings.key_dim,
+            needs_gradient=torch.is_grad_enabled(),
+        )
+
+    def _make_gates(self) -> TokenGates:
+        settings = self.settings
+        return TokenGates(
+            settings.mechanism,
+            settings.dim,
+            settings.value_heads,
+            settings.key_dim,
+            settings.value_dim,
+        )
+
+    def _form(self, num_tokens: int) -> Literal["chunk", "recurrent", "step"]:
+        return "step" if num_tokens == 1 else FORMS[self.settings.mode]
+
+    def _attend(
+        self, x: Tensor, key_mask: Tensor | None, cache: RecurrentCache | None
+    ) -> tuple[Tensor, RecurrentCache | None]:
+        """Do what :meth:`forward` does, for rows whose real tokens come first."""
+        query, key, value, recent = self._project(x, key_mask, cache)
+        if self.settings.bidirectional:
+            heads = self._both_directions(x, query, key, value, key_mask)
+            return self._finish(x, heads), None
+        state = None if cache is None else cache.state
+        heads, state = self._operate(query, key, value, self.gates(x), key_mask, state)
+        return self._finish(x, heads), RecurrentCache(state, recent)
+
+    def _project(
+        self, x: Tensor, key_mask: Tensor | None, cache: RecurrentCache | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return queries, keys ``[B, T, H, K]``, values ``[B, T, HV, V]``, convolution inputs."""
+        settings = self.settings
+        delta_rule = ops.MECHANISMS[settings.mechanism].delta_rule
+        mixed = self.query_key_value(x)
+        if settings.conv_size is not None:
+            past = None if cache is None else cache.recent
+            mixed, recent = self.short_convolution(mixed, key_mask, past)
+        else:
+            recent = mixed.new_empty(x.shape[0], 0, sum(self._widths))
+            mixed = F.silu(mixed) if delta_rule else mixed
+        query, key, value = mixed.split(self._widths, dim=-1)
+        query = query.unflatten(-1, (settings.num_heads, settings.key_dim))
+        key = key.unflatten(-1, (settings.num_heads, settings.key_dim))
+        value = value.unflatten(-1, (settings.value_heads, settings.value_dim))
+        if delta_rule:
+            query, key = ops.l2_normalize(query), ops.l2_normalize(key)
+        return query, key, value, recent
+
+    def _operate(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gates: Gates,
+        key_mask: Tensor | None,
+        state: Tensor | None,
+    ) -> ops.LinearAttentionResult:
+        given: list[Any] = [gate for gate in gates if gate is not None]
+        return _OPERATIONS[self.settings.mechanism](
+            query,
+            key,
+            value,
+            *given,
+            initial_state=state,
+            key_mask=key_mask,
+            form=self._form(query.shape[1]),
+            backend=self.settings.backend,
+        )
+
+    def _both_directions(
+        self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
+    ) -> Tensor:
+        """Return what each token reads of itself and the past, plus what it reads of the future.
+
+        Both scans run as one batch of 2 B. In the second, the query of token t stands at token
+        t + 1, whose state holds exactly the tokens after t; at padding it reads zeros.
+        """
+        nothing = torch.zeros_like(query[:, :1])
+        delayed = torch.cat((nothing, query), dim=1)[:, : query.shape[1]]
+        gates = Gates(
+            *(
+                None if one is None or other is None else torch.cat((one, other.flip(1)))
+                for one, other in zip(self.gates(x), self.backward_gates(x), strict=True)
+            )
+        )
+        heads, _ = self._operate(
+            torch.cat((query, delayed.flip(1))),
+            torch.cat((key, key.flip(1))),
+            torch.cat((value, value.flip(1))),
+            gates,
+            None if key_mask is None else torch.cat((key_mask, key_mask.flip(1))),
+            None,
+        )
+        past, future = heads.chunk(2)
+        future = future.flip(1)
+        return past + torch.cat((future[:, 1:], torch.zeros_like(future[:, :1])), dim=1)
+
+    def _finish(self, x: Tensor, heads: Tensor) -> Tensor:
+        """Norm, gate and output projection: heads ``[B, T, HV, V]`` to ``[B, T, D]``."""
+        mixed = self.norm(heads.to(self.norm.weight.dtype)).flatten(-2)
+        if self.settings.gated:
+            gate = self.output_gate(x)
+            # KDA was published with a sigmoid, the others with SiLU.
+            gate = gate.sigmoid() if self.settings.mechanism == "kda" else F.silu(gate)
+            mixed = mixed * gate
+        return self.output(mixed)
+
+
+def _check_mask(x: Tensor, key_mask: Tensor) -> None:
+    if key_mask.shape != x.shape[:2] or key_mask.dtype != torch.bool:
+        raise UserError(
+            f"linear attention: key_mask is {key_mask.dtype} {list(key_mask.shape)}, expected "
+            f"torch.bool {list(x.shape[:2])}, True where a token is real."
+        )
