@@ -44,7 +44,7 @@ def apply_rotary(x: Tensor, phases: Tensor) -> Tensor:
     Returns:
         the rotated tensor, same shape and dtype as ``x``.
     """
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2))
     rotated = torch.view_as_real(pairs * phases.unsqueeze(-2))
     return rotated.reshape(x.shape).to(x.dtype)
 

@@ -23,6 +23,10 @@ LayerCache = KeyValue | RecurrentCache
 """The past of one layer, a value: keys and values of all tokens, or a state of constant size."""
 
 
+HALF_OPEN = {"sigmoid": 0.0, "tanh": 0.5493061443340548, "silu": 0.7388350311316076}
+"""Bias at which each gate activation is 1/2."""
+
+
 class ReactiveLayer(nn.Module):
     """Self-attention, optional memory cross-attention, feed-forward; pre-norm residuals."""
 
@@ -76,8 +80,11 @@ class ReactiveLayer(nn.Module):
         for attention in self._attentions():
             attention.output.weight.data.mul_(scale)
             if isinstance(attention, Attention) and attention.settings.gated:
-                # sigmoid(0) = 1/2 for every input: an open, unsaturated gate.
+                # Half open for every input; a gate that starts at 0 passes no gradient.
                 nn.init.zeros_(attention.gate.weight)
+                nn.init.constant_(
+                    attention.gate.bias, HALF_OPEN[attention.settings.gate_activation]
+                )
         self.feed_forward.down.weight.data.mul_(scale)
         if self.reads_memory and config.copy_path_init:
             initialize_copy_path(self.cross_attention, scale)

@@ -81,7 +81,7 @@ def test_the_blocks_hold_what_the_report_says(
     assert " 1  I am Ann.  Hello, Ann.\n" in text
     assert text.index("Hello, Ann.") < text.index("new one loads") < text.index("Who am I?")
     assert "| 4 | 96.0 | 2.0 | 2.0 |" in text
-    assert "old value given for a changed fact: 4.0 %" in text
+    assert "old value of a changed fact: 4.0 %" in text
     assert "1,234,567 parameters" in text and "5.0 minutes" in text
 
 

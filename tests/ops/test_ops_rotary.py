@@ -63,3 +63,8 @@ def test_positions_count_real_tokens_on_either_padding_side() -> None:
     mask = torch.tensor([[False, False, True, True], [True, True, False, False]])
     positions = token_positions(mask, 4, torch.device("cpu"))
     assert positions[mask].tolist() == [0, 1, 0, 1]
+
+
+def test_no_tokens_is_a_valid_length() -> None:
+    """An empty sequence (a decode call without new tokens) must not fail in a reshape."""
+    assert apply_rotary(torch.zeros(2, 0, 1, 8), rotary_phases(torch.arange(0), 8)).shape[1] == 0

@@ -364,7 +364,7 @@ def test_settings_without_effect_are_reported() -> None:
         "linear_attn_conv_size",
     ]  # fmt: skip
     linear = RxTComponentConfig(
-        use_linear_self_attn=True, linear_attn_type="kda", linear_attn_expand_k=1.0, att_dropout=0.1,
+        use_linear_self_attn=True, linear_attn_type="kda", linear_attn_expand_k=1.0,
         use_gated_attention=True, use_gated_cross_attention=False, self_att_type="mha",
     )  # fmt: skip
     assert linear.ignored_fields() == [

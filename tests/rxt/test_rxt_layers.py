@@ -171,13 +171,16 @@ def test_hidden_slots_are_not_read() -> None:
     torch.testing.assert_close(masked, fewer, atol=1e-5, rtol=1e-5)
 
 
-def test_attention_gates_start_half_open() -> None:
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "silu"])
+def test_attention_gates_start_half_open(activation: str) -> None:
     """Catches a gate that starts closed (the branch and all before it would get no gradient) or
     that depends on its input before it has learned to."""
-    layer = layer_of(config_of(use_gated_attention=True), randomized=False)
+    config = config_of(use_gated_attention=True, gated_attention_activation=activation)
+    layer = layer_of(config, randomized=False)
+    apply = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "silu": torch.nn.functional.silu}
     for attention in (layer.self_attention, layer.cross_attention):
-        gate = torch.sigmoid(attention.gate(torch.randn(4, 24) * 5))
-        assert torch.equal(gate, torch.full((4, 24), 0.5))
+        gate = apply[activation](attention.gate(torch.randn(4, 24) * 5))
+        torch.testing.assert_close(gate, torch.full((4, 24), 0.5), atol=1e-6, rtol=0)
 
 
 def test_memory_starts_as_a_copy_path() -> None:
