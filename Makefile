@@ -2,7 +2,8 @@
 #
 #   PYTHON=python3.12      the interpreter that makes the environment
 #   TORCH_FLAGS='...'      extra pip flags for torch alone. On a Linux machine without an NVIDIA
-#                          card, '--index-url https://download.pytorch.org/whl/cpu' saves gigabytes
+#                          card, '--index-url URL' with the CPU index that PyTorch's install page
+#                          names saves gigabytes
 #   PYTEST_ARGS='...'      extra arguments for pytest
 
 PYTHON ?= python3

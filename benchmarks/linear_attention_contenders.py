@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,8 @@ def make_step(contender: Contender, position: int, sizes: Sizes) -> tuple[Callab
 
         @torch.no_grad()
         def read_cache() -> Tensor:
-            keys[:, :, position], values[:, :, position] = token["key"][:, :, 0], token["value"][:, :, 0]
+            keys[:, :, position] = token["key"][:, :, 0]
+            values[:, :, position] = token["value"][:, :, 0]
             return F.scaled_dot_product_attention(token["query"], keys, values)
 
         return read_cache, (keys.nbytes + values.nbytes)
@@ -182,34 +184,45 @@ def make_step(contender: Contender, position: int, sizes: Sizes) -> tuple[Callab
     return step, state.nbytes
 
 
-def check_agreement(contenders: list[Contender], sizes: Sizes, length: int = 128) -> float:
+def check_agreement(
+    contenders: list[Contender], sizes: Sizes, length: int = 128
+) -> tuple[float, list[str]]:
     """Make sure that all contenders of a mechanism compute the same, gradients included.
 
     Returns:
-        The largest difference to our result, relative to the largest entry of the tensor.
+        The largest difference to our result, relative to the largest entry of a tensor; and who
+        gives gradients that are not finite, where ours are (timed all the same).
 
     Raises:
-        RunError: if it is above ``LARGEST_DISAGREEMENT`` in float32.
+        RunError: if a finite result differs by more than ``LARGEST_DISAGREEMENT`` in float32.
     """
-    largest = 0.0
-    for reference in [x for x in contenders if x.source == "rxlm"]:
-        for other in contenders:
-            if other.mechanism != reference.mechanism or other is reference:
+    largest, remarks = 0.0, []
+    ours = {x.mechanism: x for x in contenders if x.source == "rxlm"}
+    others = [x for x in contenders if x.mechanism in ours and x is not ours[x.mechanism]]
+    for contender in others:
+        for task in ("forward", "forward+backward"):
+            error = _disagreement(contender, ours[contender.mechanism], task, length, sizes)
+            if task == "forward+backward" and math.isnan(error):
+                remarks.append(f"{contender.name}: its gradients are not finite at these gates.")
                 continue
-            for task in ("forward", "forward+backward"):
-                expected, found = (
-                    make_call(x, task, length, sizes)() for x in (reference, other)
+            largest = max(largest, error)
+            if sizes.dtype == torch.float32 and not error <= LARGEST_DISAGREEMENT:
+                raise RunError(
+                    f"{contender.name} differs from ours by {error:.1e} ({task}): what follows "
+                    "would compare different things."
                 )
-                for wanted, tensor in zip(expected, found, strict=True):
-                    tensor = tensor.transpose(1, 2) if other.heads_first else tensor
-                    error = float((tensor - wanted).abs().max() / wanted.abs().max())
-                    largest = max(largest, error)
-                    if sizes.dtype == torch.float32 and not error <= LARGEST_DISAGREEMENT:
-                        raise RunError(
-                            f"{other.name} differs from ours by {error:.1e} ({task}): what follows "
-                            "would compare different things."
-                        )
-    return largest
+    return largest, remarks
+
+
+def _disagreement(
+    contender: Contender, ours: Contender, task: str, length: int, sizes: Sizes
+) -> float:
+    errors = []
+    expected, found = (make_call(x, task, length, sizes)() for x in (ours, contender))
+    for wanted, tensor in zip(expected, found, strict=True):
+        tensor = tensor.transpose(1, 2) if contender.heads_first else tensor
+        errors.append((tensor - wanted).abs().max() / wanted.abs().max())
+    return float(torch.stack(errors).max())  # NaN if any of them is
 
 
 # --- who takes part -------------------------------------------------------------------------------
@@ -261,9 +274,9 @@ def _named(
 ) -> Result:
     """Call with the argument names that fla and transformers share, or with those given."""
     names = {"log_decay": "g", "write_strength": "beta"} | names
-    others = {names[key]: arguments[key] for key in ("log_decay", "write_strength") if key in arguments}
     tensors = (arguments[key] for key in ("query", "key", "value"))
-    return function(*tensors, **others, initial_state=state, output_final_state=True)
+    gates = {names[key]: tensor for key, tensor in arguments.items() if key in names}
+    return function(*tensors, **gates, initial_state=state, output_final_state=True)
 
 
 def _fla_naive(found: list[Contender], missing: list[str], sizes: Sizes) -> None:

@@ -176,6 +176,27 @@ def test_each_token_counts_once_in_both_directions(mechanism: str) -> None:
     assert_same(module(x)[0], module._finish(x, expected))
 
 
+@pytest.mark.parametrize(
+    ("mechanism", "key_dim", "count"),
+    [("gla", 32, 25_088), ("deltanet", 64, 16_384), ("gated_deltanet", 64, 32_800),
+     ("kda", 64, 148_496)],
+)  # fmt: skip
+def test_the_second_direction_costs_a_set_of_gates(
+    mechanism: str, key_dim: int, count: int
+) -> None:
+    """Catches a second direction with projections of its own (the counts of the documentation)."""
+    sizes = []
+    for bidirectional in (False, True):
+        with torch.device("meta"):
+            module = LinearAttention(
+                LinearAttentionSettings(
+                    mechanism, 1024, 16, key_dim, 64, bidirectional=bidirectional
+                )
+            )
+        sizes.append(sum(parameter.numel() for parameter in module.parameters()))
+    assert sizes[1] - sizes[0] == count
+
+
 def test_both_directions_have_no_cache() -> None:
     """Catches decoding with a layer that has to see what is not written yet."""
     x = torch.randn(1, 3, DIM, dtype=torch.float64)

@@ -276,11 +276,12 @@ def test_generation_saving_and_conversations(
 ) -> None:
     """Catches a batch that answers unlike its rows alone, an answer unlike that of repeated full
     forwards, and a saved model that answers differently."""
-    model = make_model(eos_bias=3.0, linear_attn_use_short_conv=True, **layout)
+    model = make_model(eos_bias=5.0, linear_attn_use_short_conv=True, **layout)
     turns = [[2, 5, 30 + row, 6, 50 + 3 * row, 3] for row in range(4)]
     prompts = [[2, 5, 40, 41, 42], [2, 5, 90], [2, 5, 7, 100, 101, 102, 103, 104], [2, 5, 12, 13]]
     state = model.update_memory(model.new_conversation(4, seed=0), turns)
     together = model.generate(state, prompts, GREEDY, max_new_tokens=12)
+    assert len({len(answer.ids) for answer in together.answers}) > 1, "some should end early"
     for row, prompt in enumerate(prompts):
         alone = model.generate(state.select([row]), [prompt], GREEDY, max_new_tokens=12)
         assert alone.answers[0] == together.answers[row]
