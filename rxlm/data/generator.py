@@ -41,14 +41,14 @@ class GeneratorConfig(Config):
     """Share of turns that ask for a fact never told."""
     question: float = Field(default=0.40, ge=0, le=1)
     """Share of turns that ask for a fact told earlier."""
-    any_value: float = Field(default=0.3, ge=0, lt=1)
+    any_value: float = Field(default=0.25, ge=0, lt=1)
     """Share of the facts whose value is taken from the pools of all kinds, not of its own ("my
     favourite colour is Oslo"). Such values do not betray what they were told for, so that the
     binding itself has to be remembered; without them a model knows a city when it sees one, and
     fails on pairs that it never met. Test dialogues (``probe``) use proper values only."""
-    made_up: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the facts whose value is a made-up word of two syllables ("my name is Brulom"),
-    which a tokenizer cuts into pieces. Teaches to remember words that no list holds."""
+    made_up: float = Field(default=0.25, ge=0, lt=1)
+    """Share of the facts whose value is a made-up word ("my name is Brolina"), which a tokenizer
+    cuts into pieces. Teaches to remember words that no list holds."""
     held_out_values: float = Field(default=0.1, ge=0, lt=1)
     """Share of the (kind, value) pairs that are never told outside ``unseen='pairs'`` probes."""
 
