@@ -1,8 +1,8 @@
 """Speed and memory of linear attention, beside softmax attention and other people's code.
 
-    python benchmarks/linear_attention.py --quick                  # a minute, to see that it works
-    python benchmarks/linear_attention.py                          # everything; writes runs/benchmarks
-    python benchmarks/linear_attention.py --out docs/benchmarks    # ... or where the docs keep it
+    python benchmarks/linear_attention.py --quick               # a minute, to see that it works
+    python benchmarks/linear_attention.py                       # everything; to runs/benchmarks
+    python benchmarks/linear_attention.py --out docs/benchmarks     # ... to where the docs keep it
 
 Measures forward passes, forward passes with all gradients, and decoding steps; writes a CSV file, a
 figure and a Markdown page, and prints what was asked of the speed and what came out. See README.md
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ from rxlm.errors import RunError, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LENGTHS = (64, 256, 1024, 2048, 4096, 8192, 16384, 32768)
+WARM_UP_LENGTH = 2048  # longer passes take so long that a first one does not matter
 CHUNK = 64  # fla's reference files take multiples of it only
 
 
@@ -46,14 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write, print; return the exit status."""
     options = parse(arguments)
     typed = sys.argv[1:] if arguments is None else arguments
-    command = " ".join(["python benchmarks/linear_attention.py", *typed])
+    command = shlex.join(["python", "benchmarks/linear_attention.py", *typed])
     try:
-        results = measure(options)
+        check(options)
         options.out.mkdir(parents=True, exist_ok=True)
-        write_csv(results, options.out / f"{options.name}.csv")
-        draw(results, options.out / f"{options.name}.png")
-        text = page(results, command, options.name)
-        (options.out / f"{options.name}.md").write_text(text, encoding="utf-8")
+        results = measure(options, lambda found: write(found, options, command))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -61,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for bar in bars(results):
-        verdict = {True: "met", False: "NOT MET", None: "-"}[bar.met]
-        print(f"{verdict:8} {bar.asked}: {bar.measured}")
+        print(f"{'met' if bar.met else 'NOT MET':8} {bar.asked}: {bar.measured}")
     print(f"written: {options.out / options.name}.md, .csv, .png")
     return 0
 
@@ -94,7 +92,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     few = options.quick
     for name, quick, full in (
         ("lengths", [64, 256, 1024], list(LENGTHS)),
-        ("memory_lengths", [1024], [2048, 8192, 32768]),
+        ("memory_lengths", [1024], [2048, 8192]),
         ("positions", [64, 1024], [64, 2048, 32768]),
         ("rounds", 3, 7),
         ("step_rounds", 5, 60),
@@ -104,25 +102,62 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def measure(options: argparse.Namespace) -> Results:
-    """Run everything that the options ask for.
+def write(results: Results, options: argparse.Namespace, command: str) -> None:
+    """Write CSV file, figure and page."""
+    write_csv(results, options.out / f"{options.name}.csv")
+    draw(results, options.out / f"{options.name}.png")
+    text = page(results, command, options.name)
+    (options.out / f"{options.name}.md").write_text(text, encoding="utf-8")
+
+
+def measure(options: argparse.Namespace, save: Callable[[Results], None]) -> Results:
+    """Run everything that the options ask for, and save after each part: the whole takes long.
 
     Raises:
-        UserError: on options that cannot be used.
         RunError: if contenders do not compute the same.
     """
-    check(options)
     torch.set_num_threads(options.threads)
     sizes = Sizes(
         options.batch, options.heads, options.head_dim, options.device, DTYPES[options.dtype]
     )
+    wait: Call = torch.cuda.synchronize if options.device == "cuda" else (lambda: None)
+    results, sequences, steps = prepare(options, sizes)
+    load_before = load_average()
+
+    def done() -> None:
+        results.facts["rounds"] = "; ".join(rounds_of(results))
+        results.facts["load average"] = (
+            f"{load_before:.1f} before, {load_average():.1f} after (processes that want to run; "
+            f"the benchmark itself takes up to {options.threads})"
+        )
+        save(results)
+
+    measure_sequences(results, "forward", sequences, sizes, options, wait)
+    done()
+    if options.positions:
+        measure_steps(results, steps, sizes, options, wait)
+        done()
+    measure_sequences(results, "forward+backward", sequences, sizes, options, wait)
+    done()
+    if options.memory_lengths:
+        measure_memory(results, sequences, sizes, options)
+        done()
+    return results
+
+
+def prepare(
+    options: argparse.Namespace, sizes: Sizes
+) -> tuple[Results, list[Contender], list[Contender]]:
+    """Find the contenders for sequences and for steps, and check that they compute the same."""
     sequences, missing = sequence_contenders(sizes)
     steps, missing_steps = step_contenders(sizes)
     sequences, steps = (chosen(found, options.only) for found in (sequences, steps))
     results = Results({who.name: who for who in [*sequences, *steps]})
-    results.facts = facts(options)
-    load_before = load_average()
     disagreement, remarks = check_agreement(sequences, sizes)
+    results.facts = facts(options)
+    results.facts["largest difference between contenders of a mechanism"] = (
+        f"{disagreement:.1e} of the largest entry (outputs and gradients, T = 128)"
+    )
     results.remarks = [*dict.fromkeys([*missing, *missing_steps]), *remarks]
     results.remarks += [
         f"{who.name}: up to T = {who.max_length:,}; {who.limit_reason}."
@@ -131,48 +166,42 @@ def measure(options: argparse.Namespace) -> Results:
     ]
     for remark in results.remarks:
         progress(remark)
-    wait: Call = torch.cuda.synchronize if options.device == "cuda" else (lambda: None)
-    for task in ("forward", "forward+backward"):
-        progress(f"{task}: {len(sequences)} contenders, lengths {options.lengths}")
-        groups = [
-            {
-                Key(task, length, who.name): make_call(who, task, length, sizes)
-                for who in sequences
-                if who.takes(length)
-            }
-            for length in options.lengths
-        ]
-        results.seconds |= interleave(
-            groups,
-            rounds=options.rounds,
-            budget=options.budget,
-            synchronize=wait,
-            progress=progress,
-        )
-    if options.positions:
-        progress(f"step: {len(steps)} contenders, positions {options.positions}")
-        measure_steps(results, steps, sizes, options, wait)
-    for task in ("forward", "forward+backward"):
-        for length in options.memory_lengths:
-            progress(f"memory: {task}, T = {length}")
-            for who in [x for x in sequences if x.takes(length)]:
-                results.memory[Key(task, length, who.name)] = in_fresh_process(
-                    memory_of, who.name, task, length, sizes, options.threads
-                )
-    results.facts |= {
-        "rounds": "; ".join(rounds_of(results)),
-        "load average": f"{load_before:.1f} before, {load_average():.1f} after (processes that "
-        f"want to run; the benchmark itself takes up to {options.threads})",
-        "largest difference between contenders of a mechanism": f"{disagreement:.1e} of the "
-        "largest entry (outputs and gradients, T = 128)",
-    }
-    return results
+    return results, sequences, steps
+
+
+def measure_sequences(
+    results: Results,
+    task: str,
+    contenders: list[Contender],
+    sizes: Sizes,
+    options: argparse.Namespace,
+    wait: Call,
+) -> None:
+    """Time whole sequences; the contenders of a length take turns."""
+    progress(f"{task}: {len(contenders)} contenders, lengths {options.lengths}")
+    groups = [
+        {
+            Key(task, length, who.name): make_call(who, task, length, sizes)
+            for who in contenders
+            if who.takes(length)
+        }
+        for length in options.lengths
+    ]
+    results.seconds |= interleave(
+        groups,
+        rounds=options.rounds,
+        budget=options.budget,
+        warm_up=lambda key: key.tokens <= WARM_UP_LENGTH or sizes.device == "cuda",
+        synchronize=wait,
+        progress=progress,
+    )
 
 
 def measure_steps(
     results: Results, steps: list[Contender], sizes: Sizes, options: argparse.Namespace, wait: Call
 ) -> None:
     """Time decoding steps; all positions of all contenders take turns."""
+    progress(f"step: {len(steps)} contenders, positions {options.positions}")
     calls: dict[Key, Callable[[], object]] = {}
     for position in options.positions:
         for who in steps:
@@ -183,10 +212,25 @@ def measure_steps(
     )
 
 
+def measure_memory(
+    results: Results, contenders: list[Contender], sizes: Sizes, options: argparse.Namespace
+) -> None:
+    """Measure the peak memory of each pass."""
+    for task in ("forward", "forward+backward"):
+        for length in options.memory_lengths:
+            progress(f"memory: {task}, T = {length}")
+            for who in [x for x in contenders if x.takes(length)]:
+                results.memory[Key(task, length, who.name)] = in_fresh_process(
+                    memory_of, who.name, task, length, sizes, options.threads
+                )
+
+
 def memory_of(name: str, task: str, length: int, sizes: Sizes, threads: int) -> int | None:
     """Return the peak memory of one pass. Runs in a process of its own."""
     torch.set_num_threads(threads)
-    who = next(x for x in sequence_contenders(sizes)[0] if x.name == name)
+    foreign = not name.endswith(("SDPA", "rxlm"))  # loading transformers takes seconds
+    found, _ = sequence_contenders(sizes, foreign=foreign)
+    who = next(x for x in found if x.name == name)
     return extra_memory(lambda: make_call(who, task, length, sizes), sizes.device)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from rxlm.errors import RunError
 from rxlm.ops.linear_attention import (
     MECHANISMS,
+    LinearAttentionResult,
     deltanet,
     gated_deltanet,
     gla,
@@ -36,7 +37,12 @@ from rxlm.ops.linear_attention import (
 )
 from rxlm.ops.linear_attention.backends import FLA_KERNELS, Form
 
-FUNCTIONS = {"gla": gla, "deltanet": deltanet, "gated_deltanet": gated_deltanet, "kda": kda}
+FUNCTIONS: dict[str, Callable[..., LinearAttentionResult]] = {
+    "gla": gla,
+    "deltanet": deltanet,
+    "gated_deltanet": gated_deltanet,
+    "kda": kda,
+}
 TITLES = {
     "softmax": "softmax",
     "gla": "GLA",
@@ -46,6 +52,12 @@ TITLES = {
 }
 BASELINE = "softmax, SDPA"
 LARGEST_DISAGREEMENT = 1e-4  # of outputs and gradients in float32, relative to the largest entry
+
+SLOW: dict[str, Any] = {"max_length": 2048, "limit_reason": "slow, and large in memory"}
+TO_STAY_SHORT: dict[str, Any] = {
+    "max_length": 16384,
+    "limit_reason": "only to keep the benchmark short",
+}
 
 Arguments = dict[str, Tensor]
 Result = tuple[Tensor, Tensor | None]
@@ -228,12 +240,17 @@ def _disagreement(
 # --- who takes part -------------------------------------------------------------------------------
 
 
-def sequence_contenders(sizes: Sizes) -> tuple[list[Contender], list[str]]:
-    """Return all that can run here, softmax attention first, and why others cannot."""
+def sequence_contenders(sizes: Sizes, *, foreign: bool = True) -> tuple[list[Contender], list[str]]:
+    """Return all that can run here, softmax attention first, and why others cannot.
+
+    Args:
+        sizes: what they will be given.
+        foreign: whether to load other people's code.
+    """
     found = [Contender("softmax", "SDPA", "torch", _softmax, heads_first=True)]
     found += [_ours(name, "chunk", sizes) for name in MECHANISMS]
     missing: list[str] = []
-    for add in (_fla_naive, _transformers, _fla_kernels):
+    for add in (_fla_naive, _transformers, _fla_kernels) if foreign else ():
         add(found, missing, sizes)
     return found, missing
 
@@ -255,7 +272,8 @@ def step_contenders(sizes: Sizes) -> tuple[list[Contender], list[str]]:
 
 
 def _softmax(arguments: Arguments, state: Tensor | None) -> Result:
-    return F.scaled_dot_product_attention(**arguments, is_causal=True), None
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True), None
 
 
 def _ours(name: str, form: Form, sizes: Sizes) -> Contender:
@@ -296,21 +314,17 @@ def _fla_naive(found: list[Contender], missing: list[str], sizes: Sizes) -> None
             "fla naive (token by token)",
             "torch",
             call(_named, loop, log_decay="gk"),
-            max_length=2048,
-            limit_reason="fla has no chunk form of it without triton, and the loop is slow",
+            max_length=1024,
+            limit_reason="fla has no chunk form of GLA without triton, and the loop is slow",
         ),
         add(
             "deltanet",
             attend=lambda a, _: plain(a["query"], a["key"], a["value"], a["write_strength"]),
             heads_first=True,
+            **TO_STAY_SHORT,
         ),
-        add("gated_deltanet", attend=call(_named, gated)),
-        add(
-            "kda",
-            attend=call(_named, channels),
-            max_length=8192,
-            limit_reason="its backward pass keeps every column of every chunk",
-        ),
+        add("gated_deltanet", attend=call(_named, gated), **TO_STAY_SHORT),
+        add("kda", attend=call(_named, channels), **SLOW),
     ]
 
 
@@ -321,16 +335,9 @@ def _transformers(found: list[Contender], missing: list[str], sizes: Sizes) -> N
         missing.append(f"transformers' torch functions: {error}")
         return
     for name, function in functions.items():
-        found.append(
-            Contender(
-                name,
-                "transformers",
-                "torch",
-                functools.partial(_named, function),
-                max_length=4096 if name == "kda" else None,
-                limit_reason="it makes a tensor of T x 64 x K numbers per head, several times over",
-            )
-        )
+        limit = SLOW if name == "kda" else TO_STAY_SHORT
+        call = functools.partial(_named, function)
+        found.append(Contender(name, "transformers", "torch", call, **limit))
 
 
 def _fla_kernels(found: list[Contender], missing: list[str], sizes: Sizes) -> None:

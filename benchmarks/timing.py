@@ -27,7 +27,7 @@ Call = Callable[[], object]
 SHORTEST_SAMPLE = 0.01
 """Seconds. Shorter calls are repeated to this length: timers and schedulers are too coarse."""
 WARM_UP_LIMIT = 0.5
-"""Seconds. Calls longer than this are not repeated for warming up."""
+"""Seconds. A first call longer than this is not repeated."""
 
 
 class Quartiles(NamedTuple):
@@ -63,6 +63,7 @@ def interleave(
     rounds: int,
     budget: float,
     fewest_rounds: int = 3,
+    warm_up: Callable[[Key], bool] = lambda key: True,
     synchronize: Call = lambda: None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[Key, list[float]]:
@@ -73,6 +74,7 @@ def interleave(
         rounds: how often.
         budget: seconds after which no further round begins, once there are ``fewest_rounds``.
         fewest_rounds: see ``budget``.
+        warm_up: which calls to try before, and to repeat within a sample if they are short.
         synchronize: waits for the device; part of each sample.
         progress: is told what has been done.
 
@@ -80,7 +82,11 @@ def interleave(
         For each key the seconds per call, one value per round.
     """
     start = time.perf_counter()
-    repeats = {key: _repeats(call, synchronize) for group in groups for key, call in group.items()}
+    repeats = {
+        key: _repeats(call, synchronize) if warm_up(key) else 1
+        for group in groups
+        for key, call in group.items()
+    }
     progress(f"warmed up in {time.perf_counter() - start:.0f} s")
     samples: dict[Key, list[float]] = {key: [] for key in repeats}
     order = random.Random(0)
