@@ -31,7 +31,7 @@ def test_small_run_writes_every_file(
     """Catches a script that no longer fits the operators, or a row without its backend."""
     arguments = [*SMALL, "--memory-lengths", "--out", str(tmp_path)]
     assert scripts["linear_attention"].main(arguments) == 0, capsys.readouterr().err
-    rows = list(csv.DictReader((tmp_path / "linear_attention.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "linear_attention.csv").read_text().splitlines()))
     ours = {
         (row["task"], row["tokens"], row["mechanism"]) for row in rows if row["source"] == "rxlm"
     }
