@@ -30,9 +30,11 @@ ItemType = TypeVar("ItemType")
 PREFIX_SHARE = 0.25
 ECHO_SHARE = 0.5
 FIXED_CHAT_SHARE = 0.5
+ONSETS = (*"bdfghjklmnprstvwz", "br", "dr", "gr", "kl", "pl", "st", "tr", "sh")
+VOWELS = tuple("aeiou")
+CODAS = ("", "", *"nrlsmxk")
+NUM_SYLLABLES = 2
 ALL_VALUES = tuple(value for values in POOLS.values() for value in values)
-WORDS = tuple(value.lower() for value in ALL_VALUES if value.isalpha())
-MIDDLE_SHARE = 0.25
 
 
 def seeded(*parts: object) -> random.Random:
@@ -61,17 +63,11 @@ def capitalised(text: str) -> str:
 
 
 def made_up_word(rng: random.Random, kind: FactKind) -> str:
-    """Return a word that no pool holds, such as "Brolina" or "chefalo": one of millions.
-
-    The beginning of one word and the end of another, sometimes with letters of a third between,
-    so that it looks like a name or a word of the language, and not like others of its make.
-    """
-    while True:
-        middle = pick(rng, WORDS)[1:3] if rng.random() < MIDDLE_SHARE else ""
-        first, last = pick(rng, WORDS), pick(rng, WORDS)
-        word = first[: 1 + int(rng.random() * 4)] + middle + last[-2 - int(rng.random() * 3) :]
-        if word not in WORDS:
-            return capitalised(word) if kind.values[0][0].isupper() else word
+    """Return a word of two random syllables, such as "Brulom": one of about a million."""
+    word = "".join(
+        pick(rng, ONSETS) + pick(rng, VOWELS) + pick(rng, CODAS) for _ in range(NUM_SYLLABLES)
+    )
+    return capitalised(word) if KINDS_BY_NAME[kind.name].values[0][0].isupper() else word
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ class GeneratorConfig(Config):
     binding itself has to be remembered; without them a model knows a city when it sees one, and
     fails on pairs that it never met. Test dialogues (``probe``) use proper values only."""
     made_up: float = Field(default=0.25, ge=0, lt=1)
-    """Share of the facts whose value is a made-up word ("my name is Brolina"), which a tokenizer
-    cuts into pieces. Teaches to remember words that no list holds."""
+    """Share of the facts whose value is a made-up word of two syllables ("my name is Brulom"),
+    which a tokenizer cuts into pieces. Teaches to remember words that no list holds."""
     held_out_values: float = Field(default=0.1, ge=0, lt=1)
     """Share of the (kind, value) pairs that are never told outside ``unseen='pairs'`` probes."""
 

@@ -27,7 +27,7 @@ rows = [generator.conversation(index, 8).to_dict() for index in range(20)]
 rows += [generator.probe(index, distance=5, num_facts=4).to_dict() for index in range(20)]
 fingerprint = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 """
-FINGERPRINT = "a82bd3c848fe35825520b85212bb7dd4e9a1f1908f43d2969f10f8eb61e69298"
+FINGERPRINT = "7be6d386de31e321ffb3c2dac8780736e074f9d2ff188dfd9491ba727989e371"
 
 
 def replay(conversation: Conversation) -> None:
