@@ -74,6 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="few short sequences and rounds")
     add("--lengths", type=int, nargs="+", metavar="T", help=f"multiples of {CHUNK}")
+    add("--backward-lengths", type=int, nargs="*", metavar="T", help="default: --lengths")
     add("--memory-lengths", type=int, nargs="*", metavar="T", help="where peak memory is measured")
     add("--positions", type=int, nargs="*", metavar="T", help="where decoding steps are timed")
     add("--rounds", type=int, help="how often each pass is timed")
@@ -99,6 +100,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     ):
         if getattr(options, name) is None:
             setattr(options, name, quick if few else full)
+    if options.backward_lengths is None:
+        options.backward_lengths = options.lengths
     return options
 
 
@@ -132,15 +135,17 @@ def measure(options: argparse.Namespace, save: Callable[[Results], None]) -> Res
         )
         save(results)
 
-    measure_sequences(results, "forward", sequences, sizes, options, wait)
+    measure_sequences(results, "forward", options.lengths, sequences, sizes, options, wait)
     done()
     if options.positions:
         measure_steps(results, steps, sizes, options, wait)
         done()
-    measure_sequences(results, "forward+backward", sequences, sizes, options, wait)
-    done()
     if options.memory_lengths:
         measure_memory(results, sequences, sizes, options)
+        done()
+    if options.backward_lengths:
+        lengths = options.backward_lengths
+        measure_sequences(results, "forward+backward", lengths, sequences, sizes, options, wait)
         done()
     return results
 
@@ -172,20 +177,21 @@ def prepare(
 def measure_sequences(
     results: Results,
     task: str,
+    lengths: list[int],
     contenders: list[Contender],
     sizes: Sizes,
     options: argparse.Namespace,
     wait: Call,
 ) -> None:
     """Time whole sequences; the contenders of a length take turns."""
-    progress(f"{task}: {len(contenders)} contenders, lengths {options.lengths}")
+    progress(f"{task}: {len(contenders)} contenders, lengths {lengths}")
     groups = [
         {
             Key(task, length, who.name): make_call(who, task, length, sizes)
             for who in contenders
             if who.takes(length)
         }
-        for length in options.lengths
+        for length in lengths
     ]
     results.seconds |= interleave(
         groups,
@@ -240,7 +246,7 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         UserError: naming the option.
     """
-    for name in ("lengths", "memory_lengths"):
+    for name in ("lengths", "backward_lengths", "memory_lengths"):
         for length in getattr(options, name):
             if length < CHUNK or length % CHUNK:
                 flag = "--" + name.replace("_", "-")

@@ -137,9 +137,11 @@ def draw(results: Results, path: Path) -> None:
     right.set(title="forward: times faster than SDPA (band: quartiles)", yscale="log")
     for axes in (left, middle, right):
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.tick_params(axis="x", labelsize=7)
         axes.set_xlabel("tokens")
         axes.grid(True, which="major", alpha=0.3)
-    left.legend(fontsize=6)
+    left.legend(fontsize=6, loc="upper left")
     right.legend(fontsize=7)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 

@@ -55,7 +55,7 @@ def test_small_run_writes_every_file(
     assert "KDA, rxlm: step at position 32,768" in page
 
 
-@pytest.mark.parametrize("option", ["--lengths", "--memory-lengths"])
+@pytest.mark.parametrize("option", ["--lengths", "--backward-lengths", "--memory-lengths"])
 def test_lengths_that_fla_cannot_take_are_refused(
     scripts: dict[str, ModuleType], option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
