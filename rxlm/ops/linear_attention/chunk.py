@@ -46,8 +46,7 @@ def chunked(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Ten
     else:
         segment = length
     outputs = []
-    for start in range(0, length, segment):
-        piece = tokens.between(start, min(start + segment, length))
+    for piece in tokens.split(segment):
         output, state = _segment(piece, state, chunk_size)
         outputs.append(output)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state

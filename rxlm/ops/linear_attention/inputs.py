@@ -62,15 +62,28 @@ class Tokens:
     log_decay: Tensor | None
     write_strength: Tensor | None
 
-    def between(self, start: int, stop: int) -> Tokens:
-        """Tokens ``start`` to ``stop`` (exclusive) of every row."""
-        return Tokens(
-            self.query[:, start:stop],
-            self.key[:, start:stop],
-            self.value[:, start:stop],
-            None if self.log_decay is None else self.log_decay[:, start:stop],
-            None if self.write_strength is None else self.write_strength[:, start:stop],
-        )
+    def split(self, size: int) -> list[Tokens]:
+        """Cut into pieces of ``size`` tokens (the last may be shorter), at least one.
+
+        In one operation for all pieces: the backward pass of a slice fills the whole sequence with
+        zeros, so slicing piece by piece would take quadratic time.
+        """
+        parts = [
+            None if tensor is None else tensor.split(size, dim=1)
+            for tensor in (self.query, self.key, self.value, self.log_decay, self.write_strength)
+        ]
+        query, key, value, log_decay, write_strength = parts
+        assert query is not None and key is not None and value is not None
+        return [
+            Tokens(
+                query[piece],
+                key[piece],
+                value[piece],
+                None if log_decay is None else log_decay[piece],
+                None if write_strength is None else write_strength[piece],
+            )
+            for piece in range(len(query))
+        ]
 
 
 def check(

@@ -25,8 +25,8 @@ def recurrent(tokens: Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
         Outputs ``[B, T, H, V]`` and the state after the last token.
     """
     outputs = []
-    for position in range(tokens.query.shape[1]):
-        output, state = step(tokens.between(position, position + 1), state)
+    for token in tokens.split(1):
+        output, state = step(token, state)
         outputs.append(output)
     return torch.cat(outputs, dim=1), state
 
