@@ -285,7 +285,9 @@ def test_generation_saving_and_conversations(
 ) -> None:
     """Catches a batch that answers unlike its rows alone, an answer unlike that of repeated full
     forwards, and a saved model that answers differently."""
-    model = make_model(seed=4, eos_bias=6.0, linear_attn_use_short_conv=True, **layout)
+    # Untrained models rarely end an answer: with these weights each layout ends some early.
+    seed = 4 if layout.get("linear_attn_type") == "md_gdn" else 0
+    model = make_model(seed, eos_bias=6.0, linear_attn_use_short_conv=True, **layout)
     turns = [[2, 5, 30 + row, 6, 50 + 3 * row, 3] for row in range(4)]
     prompts = [[2, 5, 40, 41, 42], [2, 5, 90], [2, 5, 7, 100, 101, 102, 103, 104], [2, 5, 12, 13]]
     state = model.update_memory(model.new_conversation(4, seed=0), turns)
