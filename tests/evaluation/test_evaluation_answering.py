@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from rxlm.data import DialogueGenerator
@@ -102,6 +102,8 @@ def let_it_end(model: RxTAlpha, query: str, slots: torch.Tensor) -> bool:
     """
     tokenizer = model.require_tokenizer()
     ids = greedy_answers(model, ConversationState.start(slots, 0), [query], 12)[0].ids
+    if not ids:
+        return False
     seen = {*encode_query(tokenizer, query), ids[0]}
     chosen = next((token for token in ids[1:] if token not in seen), None)
     if chosen is None:
@@ -112,7 +114,8 @@ def let_it_end(model: RxTAlpha, query: str, slots: torch.Tensor) -> bool:
     return True
 
 
-@settings(max_examples=20)
+# Most untrained models cannot be made to end an answer: the assumption fails for many.
+@settings(max_examples=20, suppress_health_check=[HealthCheck.filter_too_much])
 @given(number=st.integers(0, 10_000), spoilt=st.booleans(), data=st.data())
 @torch.no_grad()
 def test_generated_and_teacher_forced_exactness_agree(
