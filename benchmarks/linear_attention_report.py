@@ -296,8 +296,8 @@ def sequence_tables(results: Results, task: str) -> list[Table]:
             "",
             ("milliseconds at T =", "backend", *header, "growth"),
             rows,
-            f"Medians. Growth: the exponent p of T^p fitted over {shortest:,} to {longest:,}, where "
-            "at least three lengths were measured.",
+            f"Medians. Growth: the exponent p of T^p fitted over {shortest:,} to {longest:,}, "
+            "where at least three lengths were measured.",
         ),
         Table("", ("times faster than SDPA", *header), against_softmax, RATIO_NOTE),
     ]
