@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from rxlm.data.conversations import Interaction
 from rxlm.ops.sampling import SamplingSettings
@@ -16,7 +15,7 @@ from rxlm.rxt.conversation import ConversationState
 from rxlm.rxt.dialogues import DialogueBatch, Row, Rows, TurnEncoder, dialogue_batch
 from rxlm.rxt.generation import Answer
 from rxlm.rxt.reactive import ReactiveModel
-from rxlm.rxt.unroll import encode_turns, scan_memory
+from rxlm.rxt.unroll import decode_turns, encode_turns, memory_reader, scan_memory
 
 Turns = Sequence[Interaction]
 
@@ -26,7 +25,7 @@ NUM_BUCKETS = 4
 
 def memory_of_references(
     model: ReactiveModel, turns: TurnEncoder, dialogues: Sequence[Turns], first: int = 0
-) -> Tensor:
+) -> ConversationState:
     """Write the given turns, reference answers included, into fresh memories.
 
     Args:
@@ -37,7 +36,7 @@ def memory_of_references(
             seed, so that the batch it is in does not matter.
 
     Returns:
-        the memory after each dialogue's last turn, ``[L, B, S, D]``.
+        the B conversations after each dialogue's last turn.
     """
     count = len(dialogues)
     rows = [
@@ -45,9 +44,9 @@ def memory_of_references(
         for b, dialogue in enumerate(dialogues)
         for n, turn in enumerate(dialogue)
     ]
-    slots = model.initial_memory(count, seed=first)
+    state = start_of(model, count, first)
     if not rows:
-        return slots
+        return state
     num_turns = max(len(dialogue) for dialogue in dialogues)
     batch = dialogue_batch(
         rows,
@@ -57,14 +56,26 @@ def memory_of_references(
         num_buckets=NUM_BUCKETS,
         pad_id=turns.tokenizer.pad_id,
     )
-    encoded = encode_turns(model.encoder, move_batch(batch, model.device))
+    batch = move_batch(batch, model.device)
+    encoded = encode_turns(model.encoder, batch)
     # A turn that a dialogue does not have leaves its memory as it is.
-    return scan_memory(model.memory_attention, slots, encoded, num_turns)[:, -count:]
+    memories = scan_memory(model.memory_attention, state.slots, encoded, num_turns)
+    carried = None
+    if model.decoder.carries_state:
+        history = decode_turns(model.decoder, batch, memory_reader(memories)).carried
+        carried = history.select(range(num_turns * count, (num_turns + 1) * count))
+    return state.replaced(slots=memories[:, -count:], carried=carried)
+
+
+def start_of(model: ReactiveModel, count: int, first: int = 0) -> ConversationState:
+    """Return ``count`` conversations before their first turn, the first with seed ``first``."""
+    slots = model.initial_memory(count, seed=first)
+    return ConversationState.start(slots, first, model.decoder.nothing_carried(count))
 
 
 def memory_of_own_answers(
     model: ReactiveModel, dialogues: Sequence[Turns], max_answer_tokens: int, first: int = 0
-) -> Tensor:
+) -> ConversationState:
     """Hold the conversations: the model answers each query itself, and that is written.
 
     Args:
@@ -74,33 +85,33 @@ def memory_of_own_answers(
         first: as for :func:`memory_of_references`.
 
     Returns:
-        the memory after each dialogue's last turn, ``[L, B, S, D]``.
+        the B conversations after each dialogue's last turn.
     """
-    slots = model.initial_memory(len(dialogues), seed=first).clone()
+    state = start_of(model, len(dialogues), first)
     for n in range(max((len(dialogue) for dialogue in dialogues), default=0)):
         present = [b for b, dialogue in enumerate(dialogues) if len(dialogue) > n]
         queries = [dialogues[b][n].query for b in present]
-        before = slots[:, present]
-        answers = greedy_answers(model, before, queries, max_answer_tokens)
-        state = ConversationState.start(before, seed=0)
-        after = model.update_memory(state, [answer.turn for answer in answers])
-        slots[:, present] = after.slots
-    return slots
+        answers = greedy_answers(model, state.select(present), queries, max_answer_tokens)
+        turns: list[list[int]] = [[] for _ in dialogues]
+        for b, answer in zip(present, answers, strict=True):
+            turns[b] = answer.turn
+        state = model.update_memory(state, turns)
+    return state
 
 
 def greedy_answers(
-    model: ReactiveModel, slots: Tensor, queries: Sequence[str], max_answer_tokens: int
+    model: ReactiveModel, state: ConversationState, queries: Sequence[str], max_answer_tokens: int
 ) -> list[Answer]:
     """Answer a batch of queries, each token the most likely one.
 
     Args:
         model: the decoder and the tokenizer.
-        slots: what each of the B rows reads, ``[L, B, S, D]``; not changed.
+        state: the B conversations; not changed.
         queries: B texts.
         max_answer_tokens: longer answers are cut.
     """
     generated = model.generate(
-        ConversationState.start(slots, seed=0),
+        state,
         queries,
         SamplingSettings(temperature=0.0),
         max_new_tokens=max_answer_tokens,

@@ -31,10 +31,17 @@ from rxlm.evaluation.carry_over import carry_over_flags
 from rxlm.evaluation.conditions import Condition, memory_to_read
 from rxlm.evaluation.progress import Progress
 from rxlm.evaluation.rows import ALL_TURNS, PerplexityRow
+from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.rxt.dialogues import DialogueBatch, Row, Rows, TurnEncoder, dialogue_batch
 from rxlm.rxt.generation import evaluation_mode, turn_limit
 from rxlm.rxt.reactive import ReactiveModel
-from rxlm.rxt.unroll import answer_rows, encode_turns, scan_memory
+from rxlm.rxt.unroll import (
+    answer_rows,
+    decode_turns,
+    encode_turns,
+    memory_reader,
+    scan_memory,
+)
 from rxlm.tokenization.template import encode_interaction, encode_system
 
 logger = logging.getLogger(__name__)
@@ -262,12 +269,34 @@ def _measure(
     memories = scan_memory(model.memory_attention, initial, encoded, batch.num_turns)
     memories = memories.unflatten(1, (batch.num_turns + 1, batch.num_dialogues))
     own, other = memories[:, :, :-1], memories[:, :, 1:]
+    history = _carried_history(model, batch, memories.flatten(1, 2))
     for condition in settings.conditions:
         read = memory_to_read(condition, own, other, initial[:, None, :-1]).flatten(1, 2)
         for rows in batch.answer:
-            losses, kept = _token_losses(model, rows, read)
+            carried_in = _carried_to_read(condition, history, batch, rows)
+            losses, kept = _token_losses(model, rows, read, carried_in)
             turn, carried = _belonging(plan, rows)
             sums.add(condition, losses[kept].cpu(), turn, carried)
+
+
+def _carried_history(
+    model: ReactiveModel, batch: DialogueBatch, memories: Tensor
+) -> CarriedState | None:
+    """Return what the decoder carries before every turn and after the last; None if nothing."""
+    if not model.decoder.carries_state:
+        return None
+    return decode_turns(model.decoder, batch, memory_reader(memories)).carried
+
+
+def _carried_to_read(
+    condition: Condition, history: CarriedState | None, batch: DialogueBatch, rows: Rows
+) -> CarriedState | None:
+    """Return what each row starts from: its own, its neighbour's, or nothing."""
+    if history is None or condition not in ("memory", "swapped"):
+        return None
+    count = batch.num_dialogues - 1  # The last one only lends its memory.
+    turn, dialogue = rows.place // count, rows.place % count
+    return history.select(turn * (count + 1) + dialogue + (condition == "swapped"))
 
 
 def _plan(turns: TurnEncoder, part: Sequence[Conversation], borrowed: Conversation) -> _Plan:
@@ -307,9 +336,11 @@ def _plan(turns: TurnEncoder, part: Sequence[Conversation], borrowed: Conversati
     return _Plan(batch, turn_numbers, carried)
 
 
-def _token_losses(model: ReactiveModel, rows: Rows, read: Tensor) -> tuple[Tensor, Tensor]:
+def _token_losses(
+    model: ReactiveModel, rows: Rows, read: Tensor, carried: CarriedState | None
+) -> tuple[Tensor, Tensor]:
     """Return the loss of every target ``[M]`` and whether it counts (all but [A])."""
-    answers = answer_rows(model.decoder, rows, read[:, rows.place])
+    answers = answer_rows(model.decoder, rows, read[:, rows.place], carried=carried)
     losses = torch.nn.functional.cross_entropy(
         answers.logits.float(), answers.labels, reduction="none"
     )

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rxlm.data.conversations import Conversation, Interaction
 from rxlm.data.generator import DialogueGenerator
@@ -24,8 +23,9 @@ from rxlm.evaluation.answering import (
     greedy_answers,
     memory_of_own_answers,
     memory_of_references,
+    start_of,
 )
-from rxlm.evaluation.conditions import Condition, memory_to_read
+from rxlm.evaluation.conditions import Condition, state_to_read
 from rxlm.evaluation.progress import Progress
 from rxlm.evaluation.recall_plan import (
     Cell,
@@ -35,6 +35,7 @@ from rxlm.evaluation.recall_plan import (
 )
 from rxlm.evaluation.rows import Mistake, RecallRow
 from rxlm.evaluation.scoring import score_answer
+from rxlm.rxt.conversation import ConversationState
 from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.generation import evaluation_mode, turn_limit
 from rxlm.rxt.reactive import ReactiveModel
@@ -103,24 +104,24 @@ def answer_cell(
     """Return the answers to the last question of each dialogue, under each condition."""
     size = settings.batch_size
     starts = range(0, len(dialogues), size)
-    memory = torch.cat(
+    memory = ConversationState.stack(
         [
             _memory(model, turns, dialogues[start : start + size], cell, settings, start)
             for start in starts
-        ],
-        dim=1,
+        ]
     )
-    initial = model.initial_memory(len(dialogues))
+    initial = start_of(model, len(dialogues))
     # The neighbour in the cell, not in the batch: the batch size must not change a result.
-    other = memory.roll(-1, dims=1)
-    read = [memory_to_read(condition, memory, other, initial) for condition in cell.conditions]
+    other = memory.select([*range(1, len(dialogues)), 0])
+    read = [state_to_read(condition, memory, other, initial) for condition in cell.conditions]
     queries = [dialogue.interactions[-1].query for dialogue in dialogues]
     texts: dict[Condition, list[str]] = {condition: [] for condition in cell.conditions}
     for start in starts:
         part = queries[start : start + size]
         # One batch for all conditions: the questions are the same, only what is read differs.
-        slots = torch.cat([slots[:, start : start + size] for slots in read], dim=1)
-        answers = greedy_answers(model, slots, part * len(read), settings.max_answer_tokens)
+        rows = range(start, start + len(part))
+        state = ConversationState.stack([state.select(rows) for state in read])
+        answers = greedy_answers(model, state, part * len(read), settings.max_answer_tokens)
         for index, condition in enumerate(cell.conditions):
             own = answers[index * len(part) : (index + 1) * len(part)]
             texts[condition] += [turns.tokenizer.decode(answer.ids) for answer in own]
@@ -134,8 +135,8 @@ def _memory(
     cell: Cell,
     settings: RecallSettings,
     first: int,
-) -> Tensor:
-    """Return the memory ``[L, B, S, D]`` before the question."""
+) -> ConversationState:
+    """Return the conversations before the question."""
     earlier = [dialogue.interactions[:-1] for dialogue in dialogues]
     if cell.history == "own":
         return memory_of_own_answers(model, earlier, settings.max_answer_tokens, first)

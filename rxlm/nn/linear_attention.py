@@ -14,6 +14,9 @@ shared, each direction has gates of its own. The second scan runs over the rever
 reads *before* its token is written, so that the token itself counts once. It costs a second scan
 and a second set of gates, nothing else.
 
+With ``memory_fusion`` KDA becomes MD-GDN: gates and first state depend on a memory, too
+(:mod:`rxlm.nn.memory_driven`). Without a memory it is KDA, to the last bit.
+
 Shapes: B batch, T tokens, D width, H query/key heads, HV value heads, K/V head dimensions.
 """
 
@@ -29,7 +32,8 @@ from torch import Tensor, nn
 
 from rxlm.errors import UserError
 from rxlm.nn.linear_gates import Gates, TokenGates
-from rxlm.nn.recurrent_cache import RecurrentCache
+from rxlm.nn.memory_driven import MemoryCondition, MemoryFusion, MemoryFusionMode
+from rxlm.nn.recurrent_cache import CarriedLayer, RecurrentCache
 from rxlm.nn.short_conv import RealTokensFirst, ShortConvolution
 from rxlm.ops import linear_attention as ops
 
@@ -65,6 +69,8 @@ class LinearAttentionSettings:
         bidirectional: whether each token sees all others; such a layer has no cache.
         norm_eps: of the norm of the output heads.
         backend: see :func:`rxlm.ops.linear_attention.select_backend`.
+        memory_fusion: how a memory enters the gates (MD-GDN: KDA only, in one direction); None =
+            no memory is read.
     """
 
     mechanism: str
@@ -79,6 +85,7 @@ class LinearAttentionSettings:
     bidirectional: bool = False
     norm_eps: float = 1e-5
     backend: Literal["auto", "torch", "fla"] = "auto"
+    memory_fusion: MemoryFusionMode | None = None
 
     def __post_init__(self) -> None:
         for field, given, known in (
@@ -105,6 +112,16 @@ class LinearAttentionSettings:
                 f"num_value_heads={self.value_heads} with num_heads={self.num_heads}: "
                 f"{self.mechanism} has as many value heads as heads (more are possible with "
                 f"{' and '.join(_WITH_VALUE_HEADS)})."
+            )
+        if self.memory_fusion not in (None, "add", "concat"):
+            raise UserError(
+                f"linear attention memory_fusion={self.memory_fusion!r} does not exist: use "
+                "'add' or 'concat'."
+            )
+        if self.memory_fusion is not None and (self.mechanism != "kda" or self.bidirectional):
+            raise UserError(
+                f"memory_fusion={self.memory_fusion!r} with mechanism={self.mechanism!r}, "
+                f"bidirectional={self.bidirectional}: a memory is read by 'kda' in one direction."
             )
 
     @property
@@ -140,9 +157,23 @@ class LinearAttention(nn.Module):
                 else nn.Linear(dim, value_width, bias=False)
             )
         self.output = nn.Linear(value_width, dim, bias=False)
+        if settings.memory_fusion is not None:
+            self.memory_fusion = MemoryFusion(
+                dim,
+                value_heads,
+                settings.key_dim,
+                value_dim,
+                settings.memory_fusion,
+                settings.norm_eps,
+            )
 
     def forward(
-        self, x: Tensor, key_mask: Tensor | None = None, cache: RecurrentCache | None = None
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        cache: RecurrentCache | None = None,
+        memory: MemoryCondition | None = None,
+        carried: CarriedLayer | None = None,
     ) -> tuple[Tensor, RecurrentCache | None]:
         """Run over new tokens.
 
@@ -151,25 +182,35 @@ class LinearAttention(nn.Module):
             key_mask: ``[B, T]`` bool, True at real tokens, wherever they stand; None = all. The
                 others change nothing and yield zeros.
             cache: what was seen before; None for nothing. Unchanged.
+            memory: what ``memory_fusion`` read, the same for all tokens of an interaction; None =
+                without memory.
+            carried: the state of earlier interactions, for the first tokens of a new one (those
+                without ``cache``); None = there is none.
 
         Returns:
             ``[B, T, D]``, and the cache with the new tokens; None in both directions.
 
         Raises:
-            UserError: for a cache where attention goes in both directions, or a mask of another
-                shape or type.
+            UserError: for a cache or a carried state where attention goes in both directions, a
+                carried state or a mask of another shape or type, or a memory that is not read.
         """
-        if self.settings.bidirectional and cache is not None:
+        if self.settings.bidirectional and (cache is not None or carried is not None):
             raise UserError(
                 "linear attention in both directions has no cache: it sees later tokens, so the "
                 "whole sequence is computed at once."
             )
         if key_mask is not None:
             _check_mask(x, key_mask)
+        if memory is not None and self.settings.memory_fusion is None:
+            raise UserError(
+                "this linear attention reads no memory: build it with memory_fusion='add' or "
+                "'concat'."
+            )
+        state = self._first_state(x, memory, carried) if cache is None else cache.state
         if key_mask is None or x.shape[1] == 1:
-            return self._attend(x, key_mask, cache)
+            return self._attend(x, key_mask, cache, state, memory)
         order = RealTokensFirst(key_mask)
-        y, cache = self._attend(order.pack(x), order.key_mask, cache)
+        y, cache = self._attend(order.pack(x), order.key_mask, cache, state, memory)
         return order.unpack(y), cache
 
     def backend(self, x: Tensor, num_tokens: int | None = None) -> ops.BackendChoice:
@@ -202,16 +243,42 @@ class LinearAttention(nn.Module):
     def _form(self, num_tokens: int) -> Literal["chunk", "recurrent", "step"]:
         return "step" if num_tokens == 1 else FORMS[self.settings.mode]
 
+    def _first_state(
+        self, x: Tensor, memory: MemoryCondition | None, carried: CarriedLayer | None
+    ) -> Tensor | None:
+        """Return the state that the first token of an interaction meets; None for zeros."""
+        if carried is not None:
+            settings = self.settings
+            shape = (x.shape[0], settings.value_heads, settings.key_dim, settings.value_dim)
+            if carried.state.shape != shape or carried.started.shape != shape[:1]:
+                raise UserError(
+                    f"linear attention: carried state {list(carried.state.shape)} of "
+                    f"{list(carried.started.shape)} rows, expected {list(shape)}."
+                )
+        if memory is None:
+            return None if carried is None else carried.state
+        return self.memory_fusion.initial_state(
+            memory,
+            None if carried is None else carried.state,
+            None if carried is None else carried.started,
+        )
+
     def _attend(
-        self, x: Tensor, key_mask: Tensor | None, cache: RecurrentCache | None
+        self,
+        x: Tensor,
+        key_mask: Tensor | None,
+        cache: RecurrentCache | None,
+        state: Tensor | None,
+        memory: MemoryCondition | None,
     ) -> tuple[Tensor, RecurrentCache | None]:
         """Do what :meth:`forward` does, for rows whose real tokens come first."""
         query, key, value, recent = self._project(x, key_mask, cache)
         if self.settings.bidirectional:
             heads = self._both_directions(x, query, key, value, key_mask)
             return self._finish(x, heads), None
-        state = None if cache is None else cache.state
-        heads, state = self._operate(query, key, value, self.gates(x), key_mask, state)
+        offsets = None if memory is None else self.memory_fusion.gate_offsets(x, memory)
+        gates = self.gates(x, offsets)
+        heads, state = self._operate(query, key, value, gates, key_mask, state)
         return self._finish(x, heads), RecurrentCache(state, recent)
 
     def _project(

@@ -86,16 +86,24 @@ class TokenGates(nn.Module):
             for parameter in (self.A_log, self.dt_bias):
                 parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Gates:
-        """Compute the gates of ``x`` ``[B, T, D]``."""
+    def forward(self, x: Tensor, offsets: tuple[Tensor, Tensor] | None = None) -> Gates:
+        """Compute the gates.
+
+        Args:
+            x: ``[B, T, D]``.
+            offsets: added to the logits of the decay ``[B, ., HV * K]`` and of the write strength
+                ``[B, ., HV]``; None = nothing.
+        """
         log_decay = None
         if self.decay is not None:
-            log_decay = self._log_decay(_at_least_float32(self.decay(x)))
+            logits = _at_least_float32(self.decay(x))
+            log_decay = self._log_decay(logits if offsets is None else logits + offsets[0])
             if self.decay_is_per_channel:
                 log_decay = log_decay.unflatten(-1, (self.num_value_heads, -1))
         write_strength = None
         if self.write is not None:
-            write_strength = _at_least_float32(self.write(x)).sigmoid()
+            logits = _at_least_float32(self.write(x))
+            write_strength = (logits if offsets is None else logits + offsets[1]).sigmoid()
         return Gates(log_decay, write_strength)
 
     def _log_decay(self, logits: Tensor) -> Tensor:

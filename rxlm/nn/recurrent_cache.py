@@ -37,3 +37,53 @@ class RecurrentCache(NamedTuple):
     def num_bytes(self) -> int:
         """Size of the value, independent of how many tokens it stands for."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self)
+
+
+class CarriedLayer(NamedTuple):
+    """The state that one layer carries over: ``state`` ``[B, HV, K, V]``, ``started`` ``[B]``."""
+
+    state: Tensor
+    started: Tensor
+
+
+class CarriedState(NamedTuple):
+    """What the layers of a decoder carry from one interaction to the next, as a value.
+
+    Attributes:
+        states: ``[R, B, HV, K, V]`` float32 (float64 in a float64 model), one of each of the R
+            layers that carry theirs.
+        started: ``[B]`` bool, which conversations have had an interaction; the states of the
+            others are zeros.
+    """
+
+    states: Tensor
+    started: Tensor
+
+    def layer(self, index: int) -> CarriedLayer:
+        """Return what the ``index``-th of the R layers carries."""
+        return CarriedLayer(self.states[index], self.started)
+
+    def select(self, rows: Sequence[int] | Tensor) -> CarriedState:
+        """Return the conversations ``rows``, in that order; a row may be repeated."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.states.device)
+        return CarriedState(self.states.index_select(1, index), self.started.index_select(0, index))
+
+    def where(self, kept: Tensor, other: CarriedState) -> CarriedState:
+        """Return the own conversations where ``kept`` ``[B]`` is True, else those of ``other``."""
+        return CarriedState(
+            torch.where(kept[None, :, None, None, None], self.states, other.states),
+            torch.where(kept, self.started, other.started),
+        )
+
+    def reset(self, rows: Tensor) -> CarriedState:
+        """Return the value with the conversations where ``rows`` ``[B]`` is True without a past."""
+        nothing = CarriedState(torch.zeros_like(self.states), torch.zeros_like(self.started))
+        return nothing.where(rows, self)
+
+    def to(self, device: torch.device | str) -> CarriedState:
+        """Return the value on ``device``, in its own precision."""
+        return CarriedState(self.states.to(device), self.started.to(device))
+
+    def detach(self) -> CarriedState:
+        """Return the value outside of every autograd graph."""
+        return CarriedState(self.states.detach(), self.started)

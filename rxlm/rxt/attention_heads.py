@@ -20,8 +20,8 @@ SOFTMAX_KINDS = ("mha", "gqa", "mqa", "sqa")
 LINEAR_KINDS = ("gla", "deltanet", "gated_deltanet", "kda", "md_gdn")
 """Linear (recurrent) self-attention types."""
 
-BUILT_LINEAR_KINDS = ("gla", "deltanet", "gated_deltanet", "kda")
-"""Linear types that are built."""
+MEMORY_DRIVEN_KIND = "md_gdn"
+"""The linear type that reads the memory and carries its state from turn to turn."""
 
 KINDS_OF_FULL_KEY_WIDTH = ("kda", "md_gdn")
 """Linear types whose keys are as wide as the model."""

@@ -153,6 +153,10 @@ class ComponentFields(Config):
     linear_attn_norm_eps: PositiveNumber = 1e-5
     """Epsilon of the output norm of linear attention."""
 
+    memory_fusion_mode: Literal["add", "concat"] = "add"
+    """How memory enters the gates of `md_gdn` in the decoder: as an offset of their logits, or
+    through a small network of token and memory."""
+
     stateless_layers_config: tuple[StatelessLayerKind, ...] | None = None
     """Feed-forward type of layers without memory before the others, one name a layer."""
     final_stateless_layers_config: tuple[StatelessLayerKind, ...] | None = None

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 
 from rxlm.configuration import Config
 from rxlm.rxt.attention_heads import (
-    BUILT_LINEAR_KINDS,
     KINDS_OF_FULL_KEY_WIDTH,
     KINDS_WITH_GROUPS,
     KINDS_WITH_QUERY_GROUPS,
     LINEAR_KINDS,
+    MEMORY_DRIVEN_KIND,
     SOFTMAX_KINDS,
     head_problems,
     nearest_multiples,
@@ -66,14 +66,8 @@ def unsupported_features(config: ComponentFields) -> list[str]:
     """Return one sentence per setting whose part this version does not build."""
     sentences = []
     use_instead = f"use self_att_type={one_of(SOFTMAX_KINDS)}"
-    built = (*SOFTMAX_KINDS, *BUILT_LINEAR_KINDS)
-    if config.use_linear_self_attn:
-        if config.linear_attn_type not in BUILT_LINEAR_KINDS:
-            sentences.append(
-                f"linear_attn_type='{config.linear_attn_type}': this linear self-attention "
-                f"{NOT_BUILT}; use linear_attn_type={one_of(BUILT_LINEAR_KINDS)}."
-            )
-    elif config.self_att_type not in (*SOFTMAX_KINDS, "hybrid"):
+    built = (*SOFTMAX_KINDS, *LINEAR_KINDS)
+    if not config.use_linear_self_attn and config.self_att_type not in (*SOFTMAX_KINDS, "hybrid"):
         sentences.append(
             f"self_att_type='{config.self_att_type}': this attention {NOT_BUILT}; {use_instead}."
         )
@@ -154,6 +148,7 @@ def ignored_fields(config: ComponentFields) -> list[str]:
     unless(bool(linear), *_LINEAR_FIELDS)
     unless(bool(linear - set(KINDS_OF_FULL_KEY_WIDTH)), "linear_attn_expand_k")
     unless(bool(linear) and config.linear_attn_use_short_conv, "linear_attn_conv_size")
+    unless(cross and MEMORY_DRIVEN_KIND in kinds, "memory_fusion_mode")
     unless("dense" in feed_forwards, "dense_layer_dim")
     unless(config.use_moe or "moe" in feed_forwards, *_MOE_FIELDS)
     return changed_fields(config, unread)

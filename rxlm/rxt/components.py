@@ -14,14 +14,17 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from rxlm.errors import UserError
 from rxlm.memory.attention import HeadSettings, MemoryAttention, MemorySettings
 from rxlm.memory.gates import GateSettings
 from rxlm.nn.attention import KeyValue
-from rxlm.nn.recurrent_cache import RecurrentCache
+from rxlm.nn.memory_driven import MemoryCondition
+from rxlm.nn.recurrent_cache import CarriedLayer, CarriedState, RecurrentCache
 from rxlm.ops.attention import visible_keys
 from rxlm.ops.rotary import rotary_phases, token_positions
-from rxlm.rxt.attention_heads import LINEAR_KINDS
+from rxlm.rxt.attention_heads import LINEAR_KINDS, MEMORY_DRIVEN_KIND
 from rxlm.rxt.config import HeadCounts, MemoryAttentionConfig, RxTComponentConfig
+from rxlm.rxt.conversation import check_carried
 from rxlm.rxt.layers import LayerCache, ReactiveLayer
 
 
@@ -29,11 +32,13 @@ class MemoryReading(NamedTuple):
     """A memory, projected for every decoder layer once per turn.
 
     ``layers``: one :class:`KeyValue` a layer, ``[B, S, G, K]``; ``mask``: bool ``[B, 1, 1, S]``
-    or None when every slot is visible.
+    or None when every slot is visible; ``conditions``: what MD-GDN takes from the memory, one a
+    layer, None for layers of other types.
     """
 
     layers: tuple[KeyValue, ...]
     mask: Tensor | None = None
+    conditions: tuple[MemoryCondition | None, ...] = ()
 
 
 class DecodeCache(NamedTuple):
@@ -144,6 +149,10 @@ class RxTDecoder(_Component):
             else nn.Identity()
         )
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self._reads_memory = not config.skip_memory_cross_attention
+        self._carrying = tuple(
+            index for index, kind in enumerate(config.layer_types) if kind == MEMORY_DRIVEN_KIND
+        )
         if not config.tie_embeddings:
             self.head_weight = nn.Parameter(
                 torch.randn(config.vocab_size, config.embed_dim) * config.embed_dim**-0.5
@@ -163,7 +172,56 @@ class RxTDecoder(_Component):
             cast(ReactiveLayer, layer).read_slots(layer_slots)
             for layer, layer_slots in zip(self.layers, slots, strict=True)
         )
-        return MemoryReading(readings, None if slot_mask is None else slot_mask[:, None, None, :])
+        conditions = tuple(
+            cast(ReactiveLayer, layer).condition(layer_slots, slot_mask)
+            for layer, layer_slots in zip(self.layers, slots, strict=True)
+        )
+        mask = None if slot_mask is None else slot_mask[:, None, None, :]
+        return MemoryReading(readings, mask, conditions)
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether linear self-attention carries its state from one turn to the next."""
+        return bool(self._carrying)
+
+    @property
+    def carried_shape(self) -> tuple[int, int, int, int] | None:
+        """(R, HV, K, V) of this decoder's :class:`CarriedState`; None if nothing is carried."""
+        if not self._carrying:
+            return None
+        widths = self.config.linear_head_widths(MEMORY_DRIVEN_KIND)
+        heads = self.config.self_head_fields(MEMORY_DRIVEN_KIND).heads
+        return len(self._carrying), heads, widths.key, widths.value
+
+    def nothing_carried(self, batch_size: int) -> CarriedState | None:
+        """Return what B conversations carry before their first turn; None if never anything."""
+        if self.carried_shape is None:
+            return None
+        num_layers, *sizes = self.carried_shape
+        weight = self.embedding.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return CarriedState(
+            torch.zeros(num_layers, batch_size, *sizes, dtype=dtype, device=weight.device),
+            torch.zeros(batch_size, dtype=torch.bool, device=weight.device),
+        )
+
+    def carry(self, cache: DecodeCache, before: CarriedState | None) -> CarriedState | None:
+        """Return what is carried into the next turn.
+
+        Args:
+            cache: after the whole turn, its last token included.
+            before: what was carried into it. Rows without a token keep that.
+
+        Returns:
+            None if this decoder carries nothing.
+        """
+        if not self._carrying:
+            return None
+        layers = [cast(RecurrentCache, cache.layers[index]).state for index in self._carrying]
+        after = CarriedState(torch.stack(layers), torch.ones_like(cache.lengths, dtype=torch.bool))
+        if before is None:
+            before = cast(CarriedState, self.nothing_carried(cache.lengths.shape[0]))
+        return before.where(cache.lengths == 0, after)
 
     def forward(
         self,
@@ -172,6 +230,7 @@ class RxTDecoder(_Component):
         *,
         memory: MemoryReading | None = None,
         cache: DecodeCache | None = None,
+        carried: CarriedState | None = None,
     ) -> tuple[Tensor, DecodeCache]:
         """Run the decoder over new tokens of a turn.
 
@@ -180,6 +239,8 @@ class RxTDecoder(_Component):
             key_mask: ``[B, T]`` bool, True at real new tokens (either padding side); None = all.
             memory: from :meth:`read_memory`; None decodes without memory.
             cache: what was decoded of this turn before; None at its start. Unchanged.
+            carried: what the turns before left (:meth:`carry`), given at the start of a turn;
+                None = there was none.
 
         Returns:
             hidden states ``[B, T, D]`` (see :meth:`logits`) and the cache with the new tokens.
@@ -201,6 +262,12 @@ class RxTDecoder(_Component):
             )
         phases = self._phases(positions)
         x = self._embed(ids)
+        carried_layers = self._carried_layers(carried, ids.shape[0], cache)
+        if memory is not None and self._reads_memory and not memory.layers:
+            raise UserError(
+                "memory is empty, but this decoder reads one: make it with read_memory(slots), or "
+                "give None to decode without memory."
+            )
         kept = []
         for index, layer in enumerate(self.layers):
             x, present = layer(
@@ -211,10 +278,26 @@ class RxTDecoder(_Component):
                 past=None if cache is None else cache.layers[index],
                 memory=memory.layers[index] if memory is not None and memory.layers else None,
                 memory_mask=None if memory is None else memory.mask,
+                condition=memory.conditions[index] if memory and memory.conditions else None,
+                carried=carried_layers.get(index),
             )
             kept.append(present)
         lengths = start + counts[:, -1] if ids.shape[1] else start
         return self.head_norm(x), DecodeCache(tuple(kept), all_keys, lengths)
+
+    def _carried_layers(
+        self, carried: CarriedState | None, batch_size: int, cache: DecodeCache | None
+    ) -> dict[int, CarriedLayer]:
+        """Return what each carrying layer starts from, by its index."""
+        if carried is None:
+            return {}
+        if cache is not None:
+            raise UserError(
+                "carried and cache were both given: a carried state is where a turn starts, the "
+                "cache is of a turn that has started. Give carried with its first tokens only."
+            )
+        check_carried(carried, self.carried_shape, batch_size, "carried", check_values=False)
+        return {index: carried.layer(place) for place, index in enumerate(self._carrying)}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score the vocabulary: ``[..., D]`` to ``[..., V]``."""

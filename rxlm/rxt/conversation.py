@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rxlm.errors import UserError
+from rxlm.nn.recurrent_cache import CarriedState
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,34 +26,54 @@ class ConversationState:
         seeds: of each row's random draws.
         draws: tokens each row has chosen so far, i.e. the index of its next draw.
         num_turns: turns that each row's memory holds (a system prompt is not a turn).
+        carried: the state that the decoder's MD-GDN layers carry; None: they start afresh, or the
+            model has none.
     """
 
     slots: Tensor
     seeds: tuple[int, ...]
     draws: tuple[int, ...]
     num_turns: tuple[int, ...]
+    carried: CarriedState | None = None
 
     def __post_init__(self) -> None:
         rows = {self.slots.shape[1], len(self.seeds), len(self.draws), len(self.num_turns)}
+        if self.carried is not None:
+            rows |= {self.carried.states.shape[1], len(self.carried.started)}
         assert len(rows) == 1, "slots, seeds, draws and num_turns describe the same conversations"
 
     @classmethod
-    def start(cls, slots: Tensor, seed: int) -> ConversationState:
+    def start(
+        cls, slots: Tensor, seed: int, carried: CarriedState | None = None
+    ) -> ConversationState:
         """Return conversations before their first turn; row b draws from stream ``seed + b``."""
         batch_size = slots.shape[1]
         zeros = (0,) * batch_size
-        return cls(slots, tuple(seed + row for row in range(batch_size)), zeros, zeros)
+        seeds = tuple(seed + row for row in range(batch_size))
+        return cls(slots, seeds, zeros, zeros, carried)
 
     @classmethod
     def stack(cls, states: Sequence[ConversationState]) -> ConversationState:
         """Join conversations of the same model into one batch, in order."""
         if not states:
             raise UserError("no conversations to stack: give at least one state.")
+        carried = [state.carried for state in states if state.carried is not None]
+        if carried and len(carried) != len(states):
+            raise UserError(
+                f"{len(carried)} of {len(states)} states hold a carried state: conversations of "
+                "different models cannot be stacked."
+            )
         return cls(
             torch.cat([state.slots for state in states], dim=1),
             tuple(seed for state in states for seed in state.seeds),
             tuple(draws for state in states for draws in state.draws),
             tuple(turns for state in states for turns in state.num_turns),
+            CarriedState(
+                torch.cat([item.states for item in carried], dim=1),
+                torch.cat([item.started for item in carried]),
+            )
+            if carried
+            else None,
         )
 
     @property
@@ -68,6 +89,7 @@ class ConversationState:
             tuple(self.seeds[row] for row in rows),
             tuple(self.draws[row] for row in rows),
             tuple(self.num_turns[row] for row in rows),
+            None if self.carried is None else self.carried.select(rows),
         )
 
     def repeat(self, times: int) -> ConversationState:
@@ -81,6 +103,7 @@ class ConversationState:
         seeds: tuple[int, ...] | None = None,
         draws: tuple[int, ...] | None = None,
         num_turns: tuple[int, ...] | None = None,
+        carried: CarriedState | None = None,
     ) -> ConversationState:
         """Return this value with the given parts exchanged."""
         return replace(
@@ -89,15 +112,20 @@ class ConversationState:
             seeds=self.seeds if seeds is None else seeds,
             draws=self.draws if draws is None else draws,
             num_turns=self.num_turns if num_turns is None else num_turns,
+            carried=self.carried if carried is None else carried,
         )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ConversationState:
-        """Return the value on ``device`` (and in ``dtype``, if given)."""
-        return self.replaced(slots=self.slots.to(device=device, dtype=dtype))
+        """Return the value on ``device``, the slots in ``dtype``, if given."""
+        return self.replaced(
+            slots=self.slots.to(device=device, dtype=dtype),
+            carried=None if self.carried is None else self.carried.to(device),
+        )
 
     def detach(self) -> ConversationState:
         """Return the value outside of every autograd graph."""
-        return self.replaced(slots=self.slots.detach())
+        carried = None if self.carried is None else self.carried.detach()
+        return self.replaced(slots=self.slots.detach(), carried=carried)
 
 
 def check_slots(slots: Tensor, shape: tuple[int, int, int], what: str = "memory") -> None:
@@ -126,4 +154,43 @@ def check_slots(slots: Tensor, shape: tuple[int, int, int], what: str = "memory"
         count = int((~torch.isfinite(slots)).sum())
         raise UserError(
             f"{what} has {count} values that are not finite: it is damaged; use an earlier state."
+        )
+
+
+def check_carried(
+    carried: CarriedState,
+    shape: tuple[int, int, int, int] | None,
+    batch_size: int,
+    what: str = "carried state",
+    check_values: bool = True,
+) -> None:
+    """Raise ``UserError`` unless ``carried`` fits a model and a number of conversations.
+
+    Args:
+        carried: what was given.
+        shape: (R, HV, K, V) of the model; None if it carries nothing.
+        batch_size: B.
+        what: what the message calls it.
+        check_values: whether values have to be finite, which takes a look at all of them.
+    """
+    if shape is None:
+        raise UserError(
+            f"{what} was given, but this model has no md_gdn layer that carries a state: it was "
+            "made by another model."
+        )
+    expected = [shape[0], batch_size, *shape[1:]]
+    given = list(carried.states.shape)
+    if given != expected or list(carried.started.shape) != [batch_size]:
+        raise UserError(
+            f"{what} has states {given} and started {list(carried.started.shape)}, expected "
+            f"{expected} and {[batch_size]}: it was made by another model."
+        )
+    if not carried.states.is_floating_point() or carried.started.dtype != torch.bool:
+        raise UserError(
+            f"{what} has states of dtype {carried.states.dtype} and started of "
+            f"{carried.started.dtype}; expected floating point and torch.bool."
+        )
+    if check_values and not bool(torch.isfinite(carried.states).all()):
+        raise UserError(
+            f"{what} has values that are not finite: it is damaged; use an earlier state."
         )

@@ -175,8 +175,14 @@ class AnswerStream:
         self, ids: Tensor, mask: Tensor, positions: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         device = self.network.device
+        start = self._start.carried
         hidden, self._cache = self.network.decoder(
-            ids.to(device), mask.to(device), memory=self._memory, cache=self._cache
+            ids.to(device),
+            mask.to(device),
+            memory=self._memory,
+            cache=self._cache,
+            # Only the first tokens of a turn start from the turns before.
+            carried=None if start is None or self._cache is not None else start.to(device),
         )
         if positions is not None:
             hidden = hidden[positions][:, None]

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from rxlm.nn.attention import Attention, AttentionSettings, KeyValue, initialize_copy_path
 from rxlm.nn.feed_forward import FeedForward
 from rxlm.nn.linear_attention import LinearAttention, LinearAttentionSettings
+from rxlm.nn.memory_driven import MemoryCondition
 from rxlm.nn.norms import make_norm
-from rxlm.nn.recurrent_cache import RecurrentCache
-from rxlm.rxt.attention_heads import LINEAR_KINDS
+from rxlm.nn.recurrent_cache import CarriedLayer, RecurrentCache
+from rxlm.rxt.attention_heads import LINEAR_KINDS, MEMORY_DRIVEN_KIND
 from rxlm.rxt.config import RxTComponentConfig
 
 LayerCache = KeyValue | RecurrentCache
@@ -50,7 +51,7 @@ class ReactiveLayer(nn.Module):
         super().__init__()
         self.norm_self = _norm(config)
         self.self_attention: Attention | LinearAttention = (
-            LinearAttention(_linear_settings(config, layer, bidirectional))
+            LinearAttention(_linear_settings(config, layer, bidirectional, reads_memory))
             if config.layer_types[layer] in LINEAR_KINDS
             else Attention(_self_attention_settings(config, layer))
         )
@@ -85,6 +86,8 @@ class ReactiveLayer(nn.Module):
                 nn.init.constant_(
                     attention.gate.bias, HALF_OPEN[attention.settings.gate_activation]
                 )
+            if isinstance(attention, LinearAttention) and attention.settings.memory_fusion:
+                attention.memory_fusion.initialize()
         self.feed_forward.down.weight.data.mul_(scale)
         if self.reads_memory and config.copy_path_init:
             initialize_copy_path(self.cross_attention, scale)
@@ -99,6 +102,21 @@ class ReactiveLayer(nn.Module):
         """Project this layer's slots ``[B, S, D]`` once for all tokens of a turn."""
         return self.cross_attention.project(self.norm_slots(slots), None)
 
+    def condition(self, slots: Tensor, slot_mask: Tensor | None) -> MemoryCondition | None:
+        """Read what self-attention takes from slots ``[B, S, D]`` once for all tokens of a turn.
+
+        Args:
+            slots: as for :meth:`read_slots`.
+            slot_mask: bool ``[B, S]``, which slots exist; None = all.
+
+        Returns:
+            None unless self-attention is MD-GDN's.
+        """
+        attention = self.self_attention
+        if not isinstance(attention, LinearAttention) or attention.settings.memory_fusion is None:
+            return None
+        return attention.memory_fusion(self.norm_slots(slots), slot_mask)
+
     def forward(
         self,
         x: Tensor,
@@ -109,6 +127,8 @@ class ReactiveLayer(nn.Module):
         past: LayerCache | None = None,
         memory: KeyValue | None = None,
         memory_mask: Tensor | None = None,
+        condition: MemoryCondition | None = None,
+        carried: CarriedLayer | None = None,
     ) -> tuple[Tensor, LayerCache | None]:
         """Run the layer on ``x`` ``[B, T, D]``.
 
@@ -121,13 +141,18 @@ class ReactiveLayer(nn.Module):
             past: what this layer kept of earlier tokens; unchanged.
             memory: projected slots from :meth:`read_slots`; None skips the memory.
             memory_mask: bool ``[B, 1, 1, S]``, which slots are visible; None = all.
+            condition: from :meth:`condition`; None leaves self-attention without memory.
+            carried: the state of linear self-attention after the interaction before, for the
+                first tokens of a turn.
 
         Returns:
             hidden states ``[B, T, D]`` and what to keep of past and present tokens (None for linear
             attention in both directions).
         """
         normed = self.norm_self(x)
-        mixed, present = self._attend_to_self(normed, mask, phases, key_mask, past)
+        mixed, present = self._attend_to_self(
+            normed, mask, phases, key_mask, past, condition, carried
+        )
         x = x + mixed
         if self.reads_memory and memory is not None:
             x = x + self.cross_attention(self.norm_cross(x), memory, memory_mask, phases)
@@ -140,12 +165,14 @@ class ReactiveLayer(nn.Module):
         phases: Tensor | None,
         key_mask: Tensor | None,
         past: LayerCache | None,
+        condition: MemoryCondition | None,
+        carried: CarriedLayer | None,
     ) -> tuple[Tensor, LayerCache | None]:
         attention = self.self_attention
         if isinstance(attention, LinearAttention):
             assert past is None or isinstance(past, RecurrentCache)
             # Not rotated: the recurrence knows the order.
-            return attention(normed, key_mask, past)
+            return attention(normed, key_mask, past, condition, carried)
         present = attention.project(normed, phases)
         if past is not None:
             assert isinstance(past, KeyValue)
@@ -175,11 +202,13 @@ def _self_attention_settings(config: RxTComponentConfig, layer: int) -> Attentio
 
 
 def _linear_settings(
-    config: RxTComponentConfig, layer: int, bidirectional: bool
+    config: RxTComponentConfig, layer: int, bidirectional: bool, reads_memory: bool
 ) -> LinearAttentionSettings:
-    widths = config.linear_head_widths(config.layer_types[layer])
+    kind = config.layer_types[layer]
+    widths = config.linear_head_widths(kind)
+    memory_driven = kind == MEMORY_DRIVEN_KIND
     return LinearAttentionSettings(
-        mechanism=config.layer_types[layer],
+        mechanism="kda" if memory_driven else kind,
         dim=config.embed_dim,
         num_heads=config.self_attention_heads(layer).query,
         key_dim=widths.key,
@@ -189,6 +218,8 @@ def _linear_settings(
         gated=config.linear_attn_use_gate,
         bidirectional=bidirectional,
         norm_eps=config.linear_attn_norm_eps,
+        # Only the decoder reads a memory: the encoder's md_gdn is KDA in both directions.
+        memory_fusion=config.memory_fusion_mode if memory_driven and reads_memory else None,
     )
 
 

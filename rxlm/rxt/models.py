@@ -26,7 +26,7 @@ from rxlm.rxt.config import (
     RxTInterlayerMemoryAttentionConfig,
     TokenizerConfig,
 )
-from rxlm.rxt.conversation import ConversationState, check_slots
+from rxlm.rxt.conversation import ConversationState, check_carried, check_slots
 from rxlm.rxt.generation import AnswerLimits, answer_room, padded, with_answer_token
 from rxlm.rxt.held import EarlyStop, HeldConversation, MemoryUpdate, check_choice
 from rxlm.rxt.reactive import ReactiveModel, tokenizer_config_of
@@ -235,18 +235,23 @@ class RxTAlpha(ReactiveModel):
     def load_stm_state(self, state: Tensor | ConversationState) -> None:
         """Go on with another memory ``[L, 1, S, D]``, or with another conversation.
 
+        Slots alone are half of a conversation where the decoder carries a state: it starts afresh.
+
         Raises:
             UserError: if the shape is not this model's, a value is not finite, or it holds more
                 than one conversation. The held conversation is unchanged then.
         """
         slots = state.slots if isinstance(state, ConversationState) else state
         check_slots(slots, self.memory_shape)
+        if isinstance(state, ConversationState) and state.carried is not None:
+            check_carried(state.carried, self.decoder.carried_shape, state.batch_size)
         if not isinstance(state, ConversationState):
             # A tensor knows no randomness: the conversation keeps its own.
             slots = slots.detach().clone()
             state = ConversationState.start(slots, seed=0)
             if self._held is not None and slots.shape[1] == 1:
-                state = self._held.state.replaced(slots=slots)
+                fresh = self.decoder.nothing_carried(1)
+                state = self._held.state.replaced(slots=slots, carried=fresh)
         self._hold(state.detach().to(self.device, self.encoder.embedding.weight.dtype))
 
     @property

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from rxlm.errors import UserError
+from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt.config import RxTConfig, TokenizerConfig
-from rxlm.rxt.conversation import ConversationState
+from rxlm.rxt.conversation import ConversationState, check_carried
 from rxlm.rxt.fingerprint import ModelFingerprint, weights_fingerprint
 from rxlm.rxt.generation import (
     Answer,
@@ -116,7 +117,7 @@ class ReactiveModel(RxTNetwork):
             raise UserError(f"batch_size={batch_size} must be positive.")
         with torch.no_grad():
             slots = self.initial_memory(batch_size, seed=seed).detach()
-        state = ConversationState.start(slots, seed)
+        state = ConversationState.start(slots, seed, self.decoder.nothing_carried(batch_size))
         if system is None:
             return state
         ids = encode_system(self.require_tokenizer(), system)
@@ -180,7 +181,7 @@ class ReactiveModel(RxTNetwork):
     def update_memory(
         self, state: ConversationState, turns: Sequence[Sequence[int]]
     ) -> ConversationState:
-        """Write finished turns into memory.
+        """Write finished turns into memory (and into the state that the decoder carries).
 
         Args:
             state: the conversations; left unchanged.
@@ -206,12 +207,33 @@ class ReactiveModel(RxTNetwork):
         ids, mask = padded(turns, self.config.tokenizer.pad_token_id)
         weight = self.encoder.embedding.weight
         slots = state.slots.to(device=weight.device, dtype=weight.dtype)
+        ids, mask = ids.to(weight.device), mask.to(weight.device)
         with evaluation_mode(self):
-            written = self.write_memory(slots, ids.to(weight.device), mask.to(weight.device))
+            written = self.write_memory(slots, ids, mask)
+            carried = self._carry(slots, ids, mask, state.carried)
         counts = zip(state.num_turns, turns, strict=True)
         return state.replaced(
-            slots=written, num_turns=tuple(count + bool(turn) for count, turn in counts)
+            slots=written,
+            num_turns=tuple(count + bool(turn) for count, turn in counts),
+            carried=carried,
         )
+
+    def _carry(
+        self, slots: Tensor, ids: Tensor, mask: Tensor, before: CarriedState | None
+    ) -> CarriedState | None:
+        """Let the decoder read the whole turns, as it does in training; return what it carries on.
+
+        The slots are those *before* the turn: gates and state belong to one memory. The answer's
+        last token has not been read by anyone before, and a turn may never have been generated.
+        """
+        if not self.decoder.carries_state:
+            if before is not None:
+                check_carried(before, None, len(ids))
+            return None
+        before = None if before is None else before.to(ids.device)
+        reading = self.decoder.read_memory(slots)
+        _, cache = self.decoder(ids, mask, memory=reading, carried=before)
+        return self.decoder.carry(cache, before)
 
     def load_pretrained_weights(
         self,

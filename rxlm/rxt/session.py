@@ -126,7 +126,9 @@ class Session:
             UserError: if there is none, it is damaged, or another model wrote it (the message
                 says whether architecture, tokenizer or weights differ).
         """
-        stored = read_session(directory, model.fingerprint(), model.memory_shape)
+        stored = read_session(
+            directory, model.fingerprint(), model.memory_shape, model.decoder.carried_shape
+        )
         return cls._from(model, stored, max(UNDO_DEPTH, len(stored.history)))
 
     @classmethod

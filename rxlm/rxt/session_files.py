@@ -1,6 +1,8 @@
 """A session as a folder.
 
-    memory.safetensors   the memory ('slots') and those before the last turns ('previous.<i>')
+    memory.safetensors   the memory ('slots') and those before the last turns ('previous.<i>');
+                         of a model that carries a state also that ('<name>.carried') and whether
+                         there is one yet ('<name>.started')
     turns.jsonl          what was said: one line, a conversation as the data loaders read it
     meta.json            format version, model fingerprint, randomness, settings, and the digests
                          of the two other files
@@ -16,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +28,9 @@ import rxlm
 from rxlm.configuration import Config
 from rxlm.data.conversations import Conversation, Interaction
 from rxlm.errors import RunError, UserError
+from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.ops.sampling import SamplingSettings
-from rxlm.rxt.conversation import ConversationState, check_slots
+from rxlm.rxt.conversation import ConversationState, check_carried, check_slots
 from rxlm.rxt.fingerprint import ModelFingerprint
 from rxlm.rxt.state_files import (
     json_bytes,
@@ -39,6 +43,8 @@ from rxlm.rxt.state_files import (
 )
 
 SESSION_FORMAT = 1
+CARRYING_FORMAT = 2
+"""Format of sessions with a carried state; an rxlm that does not know of it refuses them."""
 MEMORY_FILE = "memory.safetensors"
 TURNS_FILE = "turns.jsonl"
 META_FILE = "meta.json"
@@ -127,11 +133,13 @@ def _write_folder(folder: Path, session: StoredSession) -> None:
 def _write_files(folder: Path, session: StoredSession) -> None:
     states = {"slots": session.state}
     states |= {f"previous.{index}": state for index, state in enumerate(session.history)}
-    tensors = {name: state.slots for name, state in states.items()}
+    tensors = {
+        key: tensor for name, state in states.items() for key, tensor in _tensors(name, state)
+    }
     write_tensors(folder / MEMORY_FILE, tensors, kind="session")
     write_bytes(folder / TURNS_FILE, _turns_bytes(session))
     meta = _Meta(
-        format_version=SESSION_FORMAT,
+        format_version=SESSION_FORMAT if session.state.carried is None else CARRYING_FORMAT,
         rxlm_version=rxlm.__version__,
         session_id=session.session_id,
         name=session.name,
@@ -149,7 +157,10 @@ def _write_files(folder: Path, session: StoredSession) -> None:
 
 
 def read_session(
-    directory: str | Path, fingerprint: ModelFingerprint, memory_shape: tuple[int, int, int]
+    directory: str | Path,
+    fingerprint: ModelFingerprint,
+    memory_shape: tuple[int, int, int],
+    carried_shape: tuple[int, int, int, int] | None = None,
 ) -> StoredSession:
     """Return the session in ``directory``.
 
@@ -157,6 +168,7 @@ def read_session(
         directory: written by :func:`write_session`.
         fingerprint: of the model that is to continue it.
         memory_shape: (L, S, D) of that model.
+        carried_shape: (R, HV, K, V) of the state that model carries; None if it carries none.
 
     Raises:
         UserError: if there is no session, it is damaged, or it belongs to another model.
@@ -164,18 +176,33 @@ def read_session(
     folder = Path(directory)
     meta = _read_meta(folder)
     _check_model(folder, meta, fingerprint)
+    expected_format = SESSION_FORMAT if carried_shape is None else CARRYING_FORMAT
+    if meta.format_version != expected_format:
+        raise UserError(
+            f"{folder / META_FILE} has format_version={meta.format_version}, but sessions of this "
+            f"model have {expected_format} ({CARRYING_FORMAT}: with a carried state): the session "
+            "is damaged."
+        )
     memory_path = _committed(folder / MEMORY_FILE, meta)
     tensors = read_tensors(memory_path)
     counters = {"slots": meta.state}
     counters |= {f"previous.{index}": item for index, item in enumerate(meta.history)}
-    if tensors.keys() != counters.keys():
+    names = {key for name in counters for key in _tensor_names(name, carried_shape is not None)}
+    if tensors.keys() != names:
         raise UserError(
             f"{memory_path} holds {sorted(tensors)}, but {META_FILE} describes "
-            f"{sorted(counters)}: the session is damaged."
+            f"{sorted(names)}: the session is damaged."
         )
-    for name, slots in tensors.items():
-        check_slots(slots, memory_shape, f"{memory_path}: '{name}'")
-    states = [_state(tensors[name], item) for name, item in counters.items()]
+    states = []
+    for name, item in counters.items():
+        check_slots(tensors[name], memory_shape, f"{memory_path}: '{name}'")
+        carried = None
+        if carried_shape is not None:
+            parts = (tensors[key] for key in _tensor_names(name, True)[1:])
+            carried = CarriedState(*parts)
+            what = f"{memory_path}: '{name}.carried'"
+            check_carried(carried, carried_shape, tensors[name].shape[1], what)
+        states.append(_state(tensors[name], item, carried))
     return StoredSession(
         meta.session_id,
         meta.name,
@@ -254,8 +281,20 @@ def _counters(state: ConversationState) -> _Counters:
     return _Counters(seed=state.seeds[0], draws=state.draws[0], num_turns=state.num_turns[0])
 
 
-def _state(slots: Tensor, counters: _Counters) -> ConversationState:
-    return ConversationState(slots, (counters.seed,), (counters.draws,), (counters.num_turns,))
+def _state(slots: Tensor, counters: _Counters, carried: CarriedState | None) -> ConversationState:
+    return ConversationState(
+        slots, (counters.seed,), (counters.draws,), (counters.num_turns,), carried
+    )
+
+
+def _tensor_names(name: str, carries: bool) -> tuple[str, ...]:
+    return (name, f"{name}.carried", f"{name}.started") if carries else (name,)
+
+
+def _tensors(name: str, state: ConversationState) -> Iterator[tuple[str, Tensor]]:
+    carried = state.carried
+    parts = (state.slots,) if carried is None else (state.slots, *carried)
+    yield from zip(_tensor_names(name, carried is not None), parts, strict=True)
 
 
 def _turns_bytes(session: StoredSession) -> bytes:
@@ -286,10 +325,10 @@ def _read_meta(folder: Path) -> _Meta:
     path = folder / META_FILE
     values: dict[str, Any] = read_json(path)
     version = values.get("format_version")
-    if version != SESSION_FORMAT:
+    if version not in (SESSION_FORMAT, CARRYING_FORMAT):
         raise UserError(
-            f"{path} has format_version={version!r}; this rxlm reads {SESSION_FORMAT}: use the "
-            "version of rxlm that wrote it."
+            f"{path} has format_version={version!r}; this rxlm reads {SESSION_FORMAT} and "
+            f"{CARRYING_FORMAT}: use the version of rxlm that wrote it."
         )
     return _Meta.parse(values, str(path))
 

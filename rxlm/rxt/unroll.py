@@ -2,23 +2,30 @@
 
 The encoder does not depend on memory, so the turns of all dialogues are encoded in one batch. The
 memory is then scanned turn by turn (small tensors), and with the memory before every turn at hand
-all answers are predicted in one batch. Gradients flow through the whole scan; the one place where
-they may be cut is ``backprop_turns`` of :func:`scan_memory`.
+all answers are predicted in one batch. A decoder that carries a state reads the turns in order
+instead (:func:`decode_turns`). Gradients flow through the whole scan; the one setting that cuts
+them is ``backprop_turns``.
 
 Shapes: L layers, B dialogues, N turns, R rows, T tokens, S slots, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from rxlm.memory.attention import MemoryAttention
 from rxlm.nn.attention import KeyValue
+from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.rxt.components import RxTDecoder, RxTEncoder
-from rxlm.rxt.dialogues import DialogueBatch, Rows
+from rxlm.rxt.dialogues import GROUPS, DialogueBatch, Rows
+
+Reader = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""Flat memories, int64 ``[R]`` -> what those rows read: slots ``[L, R, S, D]`` and a slot mask bool
+``[R, S]`` or None."""
 
 
 class EncodedTurns(NamedTuple):
@@ -38,6 +45,17 @@ class Answers(NamedTuple):
     row: Tensor
     group: Tensor
     place: Tensor
+
+
+class DecodedTurns(NamedTuple):
+    """Every turn of a batch, read in order by a decoder that carries a state.
+
+    ``hidden``: ``[N * B, T, D]``, flat turn ``n * B + b``; ``carried``: what stood before each turn
+    and after the last, states ``[R, (N + 1) * B, HV, K, V]``, flat index as of the memories.
+    """
+
+    hidden: Tensor
+    carried: CarriedState
 
 
 def encode_turns(encoder: RxTEncoder, batch: DialogueBatch) -> EncodedTurns:
@@ -73,8 +91,7 @@ def scan_memory(
         slots: initial memory ``[L, B, S, D]``.
         encoded: from :func:`encode_turns`.
         num_turns: N.
-        backprop_turns: cut the gradient after this many writes; None = never. This is the only
-            truncation of backpropagation in the package.
+        backprop_turns: cut the gradient after this many writes; None = never.
 
     Returns:
         the memory before each turn and after the last, ``[L, (N + 1) * B, S, D]``, flat index
@@ -95,8 +112,64 @@ def scan_memory(
     return torch.cat(history, dim=1)
 
 
+def decode_turns(
+    decoder: RxTDecoder, batch: DialogueBatch, read: Reader, backprop_turns: int | None = None
+) -> DecodedTurns:
+    """Let a decoder that carries a state read all turns, one after the other.
+
+    Args:
+        decoder: one with ``carries_state``.
+        batch: its ``encode`` rows are the turns.
+        read: what the decoder reads at each flat turn.
+        backprop_turns: cut the gradient of the carried state as :func:`scan_memory` cuts that of
+            the memory; None = never.
+    """
+    ids, mask = _turns_in_order(batch)
+    longest = ids.shape[-1]
+    places = torch.arange(batch.num_turns * batch.num_dialogues, device=ids.device)
+    places = places.view(batch.num_turns, batch.num_dialogues)
+    carried = cast(CarriedState, decoder.nothing_carried(batch.num_dialogues))
+    hidden, history = [], [carried]
+    for turn, length in enumerate(mask.sum(dim=-1).amax(dim=-1).tolist()):
+        if backprop_turns is not None and turn and turn % backprop_turns == 0:
+            carried = carried.detach()
+        new, cache = decoder(
+            ids[turn, :, :length],
+            mask[turn, :, :length],
+            memory=decoder.read_memory(*read(places[turn])),
+            carried=carried,
+        )
+        carried = cast(CarriedState, decoder.carry(cache, carried))
+        hidden.append(torch.nn.functional.pad(new, (0, 0, 0, longest - length)))
+        history.append(carried)
+    return DecodedTurns(
+        torch.cat(hidden),
+        CarriedState(
+            torch.cat([item.states for item in history], dim=1),
+            torch.cat([item.started for item in history]),
+        ),
+    )
+
+
+def _turns_in_order(batch: DialogueBatch) -> tuple[Tensor, Tensor]:
+    """Return ids and mask of all turns, ``[N, B, T]``; turns that do not exist are all False."""
+    longest = max(rows.ids.shape[1] for rows in batch.encode)
+    ids = batch.encode[0].ids.new_zeros(batch.num_turns * batch.num_dialogues, longest)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for rows in batch.encode:
+        length = rows.ids.shape[1]
+        ids[rows.place, :length] = rows.ids
+        mask[rows.place, :length] = rows.mask
+    shape = (batch.num_turns, batch.num_dialogues)
+    return ids.unflatten(0, shape), mask.unflatten(0, shape)
+
+
 def answer_rows(
-    decoder: RxTDecoder, rows: Rows, slots: Tensor, slot_mask: Tensor | None = None
+    decoder: RxTDecoder,
+    rows: Rows,
+    slots: Tensor,
+    slot_mask: Tensor | None = None,
+    carried: CarriedState | None = None,
 ) -> Answers:
     """Predict the target tokens of one bucket.
 
@@ -105,45 +178,97 @@ def answer_rows(
         rows: a bucket of ``DialogueBatch.answer``.
         slots: what each row reads, ``[L, R, S, D]``.
         slot_mask: bool ``[R, S]``; None = all slots.
+        carried: what each row starts from, if the decoder carries a state; None = nothing.
     """
     reading = decoder.read_memory(slots, slot_mask)
-    hidden, _ = decoder(rows.ids[:, :-1], rows.mask[:, :-1], memory=reading)
+    hidden, _ = decoder(rows.ids[:, :-1], rows.mask[:, :-1], memory=reading, carried=carried)
     row, position = rows.targets[:, 1:].nonzero(as_tuple=True)
     # Scoring the vocabulary is the largest product of a small model: only where it is needed.
-    return Answers(
-        logits=decoder.logits(hidden[row, position]),
-        labels=rows.ids[row, position + 1],
-        row=row,
-        group=rows.group,
-        place=rows.place,
-    )
+    return _answers(rows, decoder.logits(hidden[row, position]), row, position)
+
+
+def _answers(rows: Rows, logits: Tensor, row: Tensor, position: Tensor) -> Answers:
+    labels = rows.ids[row, position + 1]
+    return Answers(logits, labels, row, rows.group, rows.place)
 
 
 def answer_with_memory(
-    decoder: RxTDecoder, batch: DialogueBatch, memories: Tensor
+    decoder: RxTDecoder,
+    batch: DialogueBatch,
+    memories: Tensor,
+    backprop_turns: int | None = None,
 ) -> list[Answers]:
-    """Answer every row from the memory ``[L, (N + 1) * B, S, D]`` that it names."""
-    return [answer_rows(decoder, rows, memories[:, rows.place]) for rows in batch.answer]
+    """Answer every row from the memory ``[L, (N + 1) * B, S, D]`` that it names.
+
+    A decoder that carries a state reads the turns in order; ``backprop_turns`` is that of
+    :func:`decode_turns`.
+    """
+
+    return _answer_all(decoder, batch, memory_reader(memories), backprop_turns)
+
+
+def memory_reader(memories: Tensor) -> Reader:
+    """Return what reads each row's own memory of ``[L, (N + 1) * B, S, D]``."""
+    return lambda places: (memories[:, places], None)
+
+
+def _answer_all(
+    decoder: RxTDecoder, batch: DialogueBatch, read: Reader, backprop_turns: int | None = None
+) -> list[Answers]:
+    if not batch.answer:
+        return []
+    if not decoder.carries_state:
+        return [answer_rows(decoder, rows, *read(rows.place)) for rows in batch.answer]
+    decoded = decode_turns(decoder, batch, read, backprop_turns)
+    return [_answer_in_order(decoder, rows, read, decoded) for rows in batch.answer]
+
+
+def _answer_in_order(
+    decoder: RxTDecoder, rows: Rows, read: Reader, decoded: DecodedTurns
+) -> Answers:
+    """Predict the targets of one bucket: turns have been decoded, probes are asked now."""
+    row, position = rows.targets[:, 1:].nonzero(as_tuple=True)
+    is_probe = rows.group == GROUPS.index("probe")
+    told = ~is_probe[row]
+    told_row, told_position = row[told], position[told]
+    hidden = decoded.hidden[rows.place[told_row], told_position]
+    answers = _answers(rows, decoder.logits(hidden), told_row, told_position)
+    (probes,) = is_probe.nonzero(as_tuple=True)
+    if not len(probes):
+        return answers
+    asked_rows = Rows(*(part[probes] for part in rows))
+    carried = decoded.carried.select(asked_rows.place)
+    asked = answer_rows(decoder, asked_rows, *read(asked_rows.place), carried=carried)
+    return answers._replace(
+        logits=torch.cat((answers.logits, asked.logits)),
+        labels=torch.cat((answers.labels, asked.labels)),
+        row=torch.cat((answers.row, probes[asked.row])),
+    )
 
 
 def answer_with_history(
-    decoder: RxTDecoder, batch: DialogueBatch, encoded: EncodedTurns
+    decoder: RxTDecoder,
+    batch: DialogueBatch,
+    encoded: EncodedTurns,
+    backprop_turns: int | None = None,
 ) -> list[Answers]:
     """Answer every row from the raw encoder states of all *earlier* turns of its dialogue.
 
     This is the oracle that memory must match: nothing is forgotten because nothing is compressed.
+    ``backprop_turns`` is that of :func:`decode_turns`.
     """
     num_turns, batch_size = batch.num_turns, batch.num_dialogues
     states = encoded.states.unflatten(1, (num_turns, batch_size))
     mask = encoded.mask.unflatten(0, (num_turns, batch_size))
-    answers = []
-    for rows in batch.answer:
-        turns, dialogue = rows.place // batch_size, rows.place % batch_size
+
+    def read(places: Tensor) -> tuple[Tensor, Tensor | None]:
+        turns, dialogue = places // batch_size, places % batch_size
         slots = states[:, :, dialogue].transpose(1, 2).flatten(2, 3)
         earlier = torch.arange(num_turns, device=turns.device) < turns[:, None]
         visible = mask[:, dialogue].transpose(0, 1) & earlier[..., None]
-        answers.append(answer_rows(decoder, rows, slots, visible.flatten(1, 2)))
-    return answers
+        return slots, visible.flatten(1, 2)
+
+    return _answer_all(decoder, batch, read, backprop_turns)
 
 
 def exact_rows(answers: Answers) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from rxlm.data import DialogueGenerator
@@ -16,6 +16,7 @@ from rxlm.evaluation.answering import (
     memory_of_references,
 )
 from rxlm.ops.sampling import SamplingSettings
+from rxlm.rxt.conversation import ConversationState
 from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.models import RxTAlpha
 from rxlm.rxt.session import Session
@@ -45,7 +46,7 @@ def test_reference_memory_is_the_turn_by_turn_one(
         for turn in dialogue:
             ids = encode_interaction(tokenizer, turn.query, turn.answer).ids
             slots = model.write_memory(slots, torch.tensor([ids]))
-        torch.testing.assert_close(memory[:, b], slots[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(memory.slots[:, b], slots[:, 0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("init_type", INIT_TYPES)
@@ -60,7 +61,8 @@ def test_own_memory_is_that_of_real_conversations(
         session = Session(model, seed=3 + b, settings=SamplingSettings(temperature=0.0))
         for turn in dialogue:
             session.ask(turn.query)
-        torch.testing.assert_close(memory[:, b], session.state.slots[:, 0], rtol=1e-4, atol=1e-5)
+        wanted = session.state.slots[:, 0]
+        torch.testing.assert_close(memory.slots[:, b], wanted, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -68,8 +70,8 @@ def test_no_dialogue_at_all_is_the_initial_memory(model: RxTAlpha) -> None:
     """Catches a crash on questions asked in the first turn."""
     turns = TurnEncoder(model.require_tokenizer(), 64)
     initial = model.initial_memory(2)
-    assert torch.equal(memory_of_references(model, turns, [(), ()]), initial)
-    assert torch.equal(memory_of_own_answers(model, [(), ()], 8), initial)
+    assert torch.equal(memory_of_references(model, turns, [(), ()]).slots, initial)
+    assert torch.equal(memory_of_own_answers(model, [(), ()], 8).slots, initial)
 
 
 @torch.no_grad()
@@ -77,7 +79,7 @@ def test_memories_passed_in_are_left_alone(model: RxTAlpha) -> None:
     """Catches an update in place that changes the caller's memory, or the learned start."""
     before = model.initial_memory(2).clone()
     slots = before.clone()
-    greedy_answers(model, slots, ["Hello!", "Who am I?"], 8)
+    greedy_answers(model, ConversationState.start(slots, 0), ["Hello!", "Who am I?"], 8)
     memory_of_own_answers(model, DIALOGUES[:2], 8)
     assert torch.equal(slots, before)
     assert torch.equal(model.initial_memory(2), before)
@@ -99,7 +101,9 @@ def let_it_end(model: RxTAlpha, query: str, slots: torch.Tensor) -> bool:
     choose.
     """
     tokenizer = model.require_tokenizer()
-    ids = greedy_answers(model, slots, [query], 12)[0].ids
+    ids = greedy_answers(model, ConversationState.start(slots, 0), [query], 12)[0].ids
+    if not ids:
+        return False
     seen = {*encode_query(tokenizer, query), ids[0]}
     chosen = next((token for token in ids[1:] if token not in seen), None)
     if chosen is None:
@@ -110,7 +114,8 @@ def let_it_end(model: RxTAlpha, query: str, slots: torch.Tensor) -> bool:
     return True
 
 
-@settings(max_examples=20)
+# Most untrained models cannot be made to end an answer: the assumption fails for many.
+@settings(max_examples=20, suppress_health_check=[HealthCheck.filter_too_much])
 @given(number=st.integers(0, 10_000), spoilt=st.booleans(), data=st.data())
 @torch.no_grad()
 def test_generated_and_teacher_forced_exactness_agree(
@@ -125,7 +130,7 @@ def test_generated_and_teacher_forced_exactness_agree(
     slots = torch.randn(2, 1, 4, 16, generator=torch.Generator().manual_seed(number))
     query = GENERATOR.probe(number, distance=1, num_facts=1).interactions[-1].query
     assume(let_it_end(model, query, slots))
-    answer = greedy_answers(model, slots, [query], 12)[0]
+    answer = greedy_answers(model, ConversationState.start(slots, 0), [query], 12)[0]
     assert answer.reason == "eos" and answer.ids
     reference = list(answer.ids)
     if spoilt:

@@ -14,6 +14,7 @@ from rxlm.evaluation import recall
 from rxlm.evaluation.conditions import memory_to_read
 from rxlm.evaluation.recall import evaluate_recall
 from rxlm.evaluation.recall_plan import SEED_STRIDE, RecallSettings, plan_cells
+from rxlm.rxt.conversation import ConversationState
 from rxlm.rxt.generation import Answer
 from rxlm.rxt.models import RxTAlpha
 
@@ -59,8 +60,10 @@ def test_each_condition_reads_what_it_says(
     """Catches a control that reads the true memory: it would make any model look good or bad."""
     read: list[Tensor] = []
 
-    def spy(_: RxTAlpha, slots: Tensor, queries: Sequence[str], limit: int) -> list[Answer]:
-        read.append(slots)
+    def spy(
+        _: RxTAlpha, state: ConversationState, queries: Sequence[str], limit: int
+    ) -> list[Answer]:
+        read.append(state.slots)
         return [Answer([], "eos", []) for _ in queries]
 
     monkeypatch.setattr(recall, "greedy_answers", spy)
@@ -71,7 +74,7 @@ def test_each_condition_reads_what_it_says(
         recall.answer_cell(model, turns, dialogues, cell, SMALL)
         own = recall.memory_of_references(
             model, turns, [dialogue.interactions[:-1] for dialogue in dialogues]
-        )
+        ).slots
         memory, zeroed, reset, swapped = read[0].chunk(4, dim=1)
         assert torch.equal(memory, own)
         assert torch.equal(zeroed, torch.zeros_like(own))
@@ -91,10 +94,10 @@ def test_swapping_gives_nobody_their_own() -> None:
 
 def numbered_memories(
     model: RxTAlpha, turns: object, dialogues: Sequence[object], first: int
-) -> Tensor:
+) -> ConversationState:
     """Stand in for a perfect memory: the slots hold the dialogue's number, from 1."""
     numbers = torch.arange(first + 1.0, first + 1.0 + len(dialogues))
-    return numbers.view(1, -1, 1, 1).expand(2, -1, 4, 16)
+    return ConversationState.start(numbers.view(1, -1, 1, 1).expand(2, -1, 4, 16), 0)
 
 
 def test_a_perfect_memory_scores_full_marks_and_its_controls_do_not(
@@ -112,8 +115,10 @@ def test_a_perfect_memory_scores_full_marks_and_its_controls_do_not(
     )
     tokenizer = model.require_tokenizer()
 
-    def remembering(_: RxTAlpha, slots: Tensor, queries: Sequence[str], limit: int) -> list[Answer]:
-        numbers = slots[0, :, 0, 0].int().tolist()
+    def remembering(
+        _: RxTAlpha, state: ConversationState, queries: Sequence[str], limit: int
+    ) -> list[Answer]:
+        numbers = state.slots[0, :, 0, 0].int().tolist()
         answers = [asked[number].answer if number else "" for number in numbers]
         return [Answer(tokenizer.encode(text), "eos", []) for text in answers]
 

@@ -35,7 +35,7 @@ def make_model(tiny_tokenizer: Tokenizer) -> Callable[..., RxTAlpha]:
         memory = {
             name.removeprefix("memory_"): fields.pop(name)
             for name in list(fields)
-            if name.startswith("memory_")
+            if name.startswith("memory_") and name != "memory_fusion_mode"
         }
         component = {
             **SIZES,

@@ -353,8 +353,6 @@ def test_parameter_counts() -> None:
 @pytest.mark.parametrize(
     ("build", "fields", "named"),
     [
-        (RxTDecoder, {"use_linear_self_attn": True, "linear_attn_type": "md_gdn"},
-         "'gla'|'deltanet'|'gated_deltanet'|'kda'"),
         (RxTDecoder, {"self_att_type": "local"}, "'mha'|'gqa'|'mqa'|'sqa'"),
         (RxTEncoder, {"self_att_type": "hybrid", "attn_layer_types": ["local", "mha"]},
          "'mha'|'gqa'|'mqa'|'sqa'|'gla'"),

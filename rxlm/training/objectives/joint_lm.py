@@ -195,7 +195,12 @@ class JointLMObjective(ModelObjective):
     def _answers(self, batch: JointBatch, context: EncodedTurns) -> list[Answers]:
         decoder = self.model.decoder
         if self.settings.context == "previous":
-            return answer_with_history(decoder, batch.dialogues, context)
+            # A decoder that carries a state reads the turns as they are, nothing hidden.
+            told = tuple(
+                rows._replace(ids=ids)
+                for rows, ids in zip(batch.dialogues.encode, batch.labels, strict=True)
+            )
+            return answer_with_history(decoder, batch.dialogues._replace(encode=told), context)
         answers = []
         for rows in batch.dialogues.answer:
             length = rows.ids.shape[1]

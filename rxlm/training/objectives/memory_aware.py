@@ -53,7 +53,8 @@ class MemoryAwareSettings(Config):
     )
     """The curriculum; the last phase lasts to the end."""
     backprop_turns: int | None = None
-    """Cut the gradient after this many memory writes; None = through the whole window."""
+    """Cut the gradient after this many memory writes, that of a carried state as well; None =
+    through the whole window."""
     probes: int = 2
     """Extra questions per dialogue, asked of a random intermediate memory (generated data)."""
     chat_answers: float = 0.2
@@ -161,7 +162,9 @@ class MemoryAwareObjective(ModelObjective):
     def _answers(self, batch: DialogueBatch, phase: Phase) -> list[Answers]:
         encoded = encode_turns(self.model.encoder, batch)
         if phase.reads == "history":
-            return answer_with_history(self.model.decoder, batch, encoded)
+            return answer_with_history(
+                self.model.decoder, batch, encoded, self.settings.backprop_turns
+            )
         memories = scan_memory(
             self.model.memory_attention,
             self.model.initial_memory(batch.num_dialogues),
@@ -169,7 +172,7 @@ class MemoryAwareObjective(ModelObjective):
             batch.num_turns,
             self.settings.backprop_turns,
         )
-        return answer_with_memory(self.model.decoder, batch, memories)
+        return answer_with_memory(self.model.decoder, batch, memories, self.settings.backprop_turns)
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Let the curriculum see the accuracy of the step."""

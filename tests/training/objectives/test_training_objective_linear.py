@@ -20,6 +20,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         kind: {"use_linear_self_attn": True, "linear_attn_type": kind}
         for kind in ("gla", "deltanet", "gated_deltanet", "kda")
     },
+    "md_gdn": {"use_linear_self_attn": True, "linear_attn_type": "md_gdn"},
+    "md_gdn concat": {
+        "use_linear_self_attn": True,
+        "linear_attn_type": "md_gdn",
+        "memory_fusion_mode": "concat",
+    },
+    "hybrid md_gdn": {"self_att_type": "hybrid", "attn_layer_types": ["md_gdn", "mha"]},
     "hybrid": {"self_att_type": "hybrid", "attn_layer_types": ["mha", "gated_deltanet"]},
 }
 
