@@ -42,7 +42,7 @@ TELL: tuple[str, ...] = (
     "It is raining today.",
     "My favourite drink is juice.",
     "Do you like books?",
-    "Actually, I moved to Prague.",
+    "Actually, I moved to Vienna.",
     "Thank you.",
 )
 """Part one, turns 1 to 9: four facts, one of them changed, and small talk."""
@@ -50,7 +50,7 @@ TELL: tuple[str, ...] = (
 ASK: tuple[ScriptedQuestion, ...] = (
     ScriptedQuestion("What is my name?", "Maria"),
     ScriptedQuestion("What is my dog called?", "Pixie"),
-    ScriptedQuestion("Where do I live?", "Prague"),
+    ScriptedQuestion("Where do I live?", "Vienna"),
     ScriptedQuestion("What is my job?", DECLINE),
 )
 """Part two, turns 10 to 13, asked after a restart; the last was never told."""
