@@ -72,16 +72,15 @@ def test_session_survives_a_restart(
     assert pipe(monkeypatch, "\n".join(LINES[:2]), micro_pipeline, tmp_path / "two", *words) == 0
     first = capsys.readouterr().out
     command = [sys.executable, "-m", "rxlm", "chat", str(micro_pipeline), "--session", "ann"]
+    # Bytes: text mode would turn a carriage return that the random model says into a line feed.
     second = subprocess.run(
         [*command, "--sessions-dir", str(tmp_path / "two")],
-        input=LINES[2],
+        input=LINES[2].encode(),
         capture_output=True,
-        text=True,
         check=True,
-        encoding="utf-8",
     )
-    assert first + second.stdout == wanted
-    assert "going on with 'ann' after 2 turns" in second.stderr
+    assert first + second.stdout.decode() == wanted
+    assert "going on with 'ann' after 2 turns" in second.stderr.decode()
 
 
 def test_pipe_prints_answers_only(
