@@ -67,7 +67,7 @@ def made_up_word(rng: random.Random, kind: FactKind) -> str:
     word = "".join(
         pick(rng, ONSETS) + pick(rng, VOWELS) + pick(rng, CODAS) for _ in range(NUM_SYLLABLES)
     )
-    return capitalised(word) if KINDS_BY_NAME[kind.name].values[0][0].isupper() else word
+    return capitalised(word) if kind.values[0][0].isupper() else word
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,15 @@ class Dialogue:
         ``None`` when every value was used up.
         """
         draw = self.rng.random()
-        if self._any_value <= draw < self._any_value + self._made_up:
-            return made_up_word(self.rng, kind)
-        if draw < self._any_value:
+        if draw < self._any_value + self._made_up:
             never = self._held_out.get(kind.name, ())
-            # Few of several hundred are excluded: drawing again is faster than listing the rest
-            # (and in a dialogue so long that it fails, the kind's own pool will do).
+            # Few of very many are excluded: drawing again is faster than listing the rest (and in
+            # a dialogue so long that it fails, the kind's own pool will do).
             for _ in range(20):
-                value = pick(self.rng, ALL_VALUES)
+                if draw < self._any_value:
+                    value = pick(self.rng, ALL_VALUES)
+                else:
+                    value = made_up_word(self.rng, kind)
                 if value not in self._used and value not in taken and value not in never:
                     return value
         free = [value for value in self.free_values(kind) if value not in taken]

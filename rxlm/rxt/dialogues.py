@@ -40,7 +40,8 @@ class DialogueBatch(NamedTuple):
     """A batch of dialogues, ragged in turns and tokens.
 
     ``encode``: the turns to write into memory; ``answer``: the turns (and extra questions) whose
-    answers are predicted; ``num_dialogues`` B; ``num_turns`` N; ``num_tokens``: real tokens.
+    answers are predicted; ``num_dialogues`` B; ``num_turns`` N; ``num_tokens``: real tokens;
+    ``memory_seed``: where the memory is drawn, dialogue b starts from that of ``memory_seed + b``.
     """
 
     encode: tuple[Rows, ...]
@@ -48,6 +49,7 @@ class DialogueBatch(NamedTuple):
     num_dialogues: int
     num_turns: int
     num_tokens: int
+    memory_seed: int = 0
 
 
 class Row(NamedTuple):

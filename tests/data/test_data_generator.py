@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rxlm.data import Conversation, DialogueGenerator, GeneratorConfig, Interaction
-from rxlm.data.dialogue import ALL_VALUES
+from rxlm.data.dialogue import ALL_VALUES, Dialogue
 from rxlm.data.fact_values import POOLS
 from rxlm.data.facts import DISTRACTORS, FACT_KINDS, KINDS_BY_NAME, SMALL_TALK
 from rxlm.errors import UserError
@@ -112,6 +113,19 @@ def test_probe_of_a_word_asks_for_a_made_up_one() -> None:
         assert question.value is not None
         assert question.value not in ALL_VALUES
         assert question.value in question.answer
+
+
+def test_a_made_up_word_is_never_a_held_out_or_told_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a held-out pair that is told in training after all, because syllables spell it."""
+    kind = KINDS_BY_NAME["sister"]
+    held_out, told = GENERATOR.held_out("sister")[0], "Xerxes"
+    words = iter([held_out, told, "Brulom"])
+    monkeypatch.setattr("rxlm.data.dialogue.made_up_word", lambda rng, kind: next(words))
+    dialogue = Dialogue(
+        random.Random(0), {}, made_up=1.0, held_out={"sister": GENERATOR.held_out("sister")}
+    )
+    dialogue.tell(KINDS_BY_NAME["friend"], told)
+    assert dialogue.random_value(kind) == "Brulom"
 
 
 def test_probes_use_proper_values_only() -> None:

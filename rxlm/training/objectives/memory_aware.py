@@ -97,16 +97,17 @@ class MemoryAwareObjective(ModelObjective):
             self.train_source.sample(first + offset, phase.turns)
             for offset in range(phase.dialogues)
         ]
-        return self._batch(conversations, first, self.settings.chat_answers)
+        return self._batch(self.train_source, conversations, first, self.settings.chat_answers)
 
     def _batch(
         self,
+        source: ConversationSource,
         conversations: list[Conversation],
         first: int,
         chat_answers: float,
     ) -> DialogueBatch:
         count = len(conversations)
-        has_questions = self.train_source.has_probes
+        has_questions = source.has_probes
         encode: list[Row] = []
         answer: list[Row] = []
         for b, conversation in enumerate(conversations):
@@ -123,15 +124,13 @@ class MemoryAwareObjective(ModelObjective):
                 if not has_questions or row.group or rng.random() < chat_answers:
                     answer.append(row)
             if has_questions and self.settings.probes:
-                probes = self.train_source.probe_questions(
-                    conversation, first + b, self.settings.probes
-                )
+                probes = source.probe_questions(conversation, first + b, self.settings.probes)
                 for after, item in probes:
                     turn = self.turns.interaction(item.query, item.answer)
                     memory = (start + after + 1) * count + b
                     answer.append(Row(turn, memory, GROUPS.index("probe")))
         longest = max(len(item.interactions) + bool(item.system) for item in conversations)
-        return dialogue_batch(
+        batch = dialogue_batch(
             encode,
             answer,
             num_dialogues=count,
@@ -139,6 +138,8 @@ class MemoryAwareObjective(ModelObjective):
             num_buckets=self.settings.num_buckets,
             pad_id=self.turns.tokenizer.pad_id,
         )
+        # By position, too: a drawn initial memory does not depend on the place in the batch.
+        return batch._replace(memory_seed=first)
 
     def loss(self, batch: DialogueBatch, step: int) -> StepOutput:
         """Return the mean cross-entropy over target tokens."""
@@ -167,7 +168,7 @@ class MemoryAwareObjective(ModelObjective):
             )
         memories = scan_memory(
             self.model.memory_attention,
-            self.model.initial_memory(batch.num_dialogues),
+            self.model.initial_memory(batch.num_dialogues, seed=batch.memory_seed),
             encoded,
             batch.num_turns,
             self.settings.backprop_turns,
@@ -190,7 +191,7 @@ class MemoryAwareObjective(ModelObjective):
                 self.valid_source.sample(position, phase.turns)
                 for position in range(first, min(first + phase.dialogues, total))
             ]
-            batch = self._batch(conversations, first, chat_answers=1.0)
+            batch = self._batch(self.valid_source, conversations, first, chat_answers=1.0)
             answers = self._answers(self.to_device(batch), phase)
             for item in answers:
                 losses += torch.nn.functional.cross_entropy(

@@ -103,12 +103,13 @@ class MemoryPretrainingObjective(ModelObjective):
             conversation_rows(self.turns, source.sample(position, self.settings.turns))
             for position in positions
         ]
-        return batch_windows(
+        batch = batch_windows(
             windows,
             answers=False,
             num_buckets=self.settings.num_buckets,
             pad_id=self.tokenizer.pad_id,
         )
+        return batch._replace(memory_seed=positions.start)
 
     def loss(self, batch: DialogueBatch, step: int) -> StepOutput:
         """Return the mean over layers, slots and the turns that exist."""
@@ -124,7 +125,7 @@ class MemoryPretrainingObjective(ModelObjective):
             encoded = encode_turns(self.model.encoder, batch)
         memories = scan_memory(
             self.model.memory_attention,
-            self.model.initial_memory(batch.num_dialogues),
+            self.model.initial_memory(batch.num_dialogues, seed=batch.memory_seed),
             encoded,
             batch.num_turns,
             self.settings.backprop_turns,

@@ -19,7 +19,8 @@ def settings(*phases: Phase, **values: Any) -> MemoryAwareSettings:
 
 
 def aware(tiny: Any, *phases: Phase, model: Any = None, **values: Any) -> Any:
-    options = {name: values.pop(name) for name in ("train", "valid") if name in values}
+    names = ("train", "valid", "accumulation")
+    options = {name: values.pop(name) for name in names if name in values}
     return tiny.objective(MemoryAwareObjective, settings(*phases, **values), model, **options)
 
 
@@ -240,3 +241,21 @@ def test_accuracy_is_not_measured_where_nothing_was_asked(tiny: Any) -> None:
     )
     accuracy = float(objective.loss(batch, 0).metrics["accuracy"])
     assert accuracy != accuracy
+
+
+def test_the_place_in_a_batch_decides_nothing(tiny: Any) -> None:
+    """A drawn initial memory, or the choice of answers, that depends on the row of a dialogue: then
+    1 x 2 dialogues would train differently from 2 x 1."""
+    wide = aware(tiny, Phase(turns=3, dialogues=2)).batch(1, 0)
+    narrow = aware(tiny, Phase(turns=3, dialogues=1), accumulation=2)
+    single = [narrow.batch(1, micro_step) for micro_step in range(2)]
+    assert [batch.memory_seed for batch in single] == [wide.memory_seed, wide.memory_seed + 1]
+    answers = sum(len(places(batch.answer)) for batch in single)
+    assert answers == len(places(wide.answer))
+
+
+def test_validation_asks_what_its_own_source_tells(tiny: Any) -> None:
+    """Validation on dialogues with facts that is silent because the training data hold none."""
+    quiet = tiny.chat(("Hello.", "Hi."), ("How are you?", "Fine."))
+    objective = aware(tiny, Phase(turns=4, dialogues=2), train=quiet)
+    assert "accuracy_probe" in objective.validate()
