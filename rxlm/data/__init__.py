@@ -15,7 +15,6 @@ from rxlm.data.conversation_source import (
 from rxlm.data.conversations import Conversation, Interaction
 from rxlm.data.generator import DialogueGenerator, GeneratorConfig
 from rxlm.data.order import epoch_order, locate, sample_index
-from rxlm.data.packing import PackedRow, pack_documents, window, windows
 from rxlm.data.sources import load_conversations, load_texts
 
 __all__ = [
@@ -27,15 +26,11 @@ __all__ = [
     "GeneratedConversations",
     "GeneratorConfig",
     "Interaction",
-    "PackedRow",
     "conversation_texts",
     "epoch_order",
     "load_conversations",
     "load_texts",
     "locate",
     "open_conversations",
-    "pack_documents",
     "sample_index",
-    "window",
-    "windows",
 ]

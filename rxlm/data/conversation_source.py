@@ -19,7 +19,6 @@ from rxlm.data.conversations import Conversation, Interaction
 from rxlm.data.facts import KINDS_BY_NAME
 from rxlm.data.generator import SPLITS, DialogueGenerator, GeneratorConfig
 from rxlm.data.order import random_offset, sample_index
-from rxlm.data.packing import window
 from rxlm.data.sources import CONVERSATION_SUFFIXES, load_conversations, resolve_files
 from rxlm.errors import UserError
 
@@ -113,7 +112,7 @@ class ConversationList:
         room = len(conversation) - num_turns
         if room <= 0:
             return conversation
-        return window(conversation, random_offset(self.seed, position, room + 1), num_turns)
+        return conversation.window(random_offset(self.seed, position, room + 1), num_turns)
 
     def probe_questions(
         self, conversation: Conversation, position: int, count: int

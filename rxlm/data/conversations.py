@@ -7,7 +7,7 @@ Not here: reading them from files (``sources``), making them up (``generator``),
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 INTERACTION_KINDS = ("chat", "fact", "update", "question", "unknown")
@@ -77,6 +77,14 @@ class Conversation:
     def __len__(self) -> int:
         """Return the number of turns."""
         return len(self.interactions)
+
+    def window(self, start: int, num_turns: int) -> Conversation:
+        """Return turns ``start`` to ``start + num_turns`` as a conversation (system text kept)."""
+        end = min(start + num_turns, len(self))
+        if start == 0 and end == len(self):
+            return self
+        part = self.interactions[start:end]
+        return replace(self, interactions=part, id=f"{self.id}[{start}:{end}]")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form: one line of a ``.jsonl`` file."""

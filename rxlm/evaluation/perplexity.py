@@ -24,7 +24,6 @@ from torch import Tensor
 from rxlm.configuration import Config
 from rxlm.data.conversations import Conversation
 from rxlm.data.generator import DialogueGenerator
-from rxlm.data.packing import window
 from rxlm.errors import RunError, UserError
 from rxlm.evaluation.answering import NUM_BUCKETS, move_batch
 from rxlm.evaluation.carry_over import carry_over_flags
@@ -214,7 +213,7 @@ def _choose(
     for number, conversation in enumerate(conversations, start=1):
         if len(chosen) == settings.max_dialogues:
             break
-        conversation = window(conversation, 0, settings.max_turns)
+        conversation = conversation.window(0, settings.max_turns)
         longest = _longest_turn(conversation, turns)
         if longest <= turns.seq_len:
             chosen.append(conversation)
