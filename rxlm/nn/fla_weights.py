@@ -1,4 +1,4 @@
-"""Weights of fla's layers (flash-linear-attention) as weights of :class:`LinearAttention`.
+"""Weights of fla's layers (flash-linear-attention) as weights of :class:`LinearSelfAttention`.
 
 Names of fla 0.4 to 0.6: GatedLinearAttention, DeltaNet, GatedDeltaNet, KimiDeltaAttention. Needs
 no fla. Not here: fla's options that this package does not have (their weights are refused).
@@ -39,7 +39,7 @@ def from_fla(settings: LinearAttentionSettings, weights: Mapping[str, Tensor]) -
         weights: what ``state_dict()`` of the fla layer gives.
 
     Returns:
-        What ``LinearAttention(settings).load_state_dict`` takes.
+        What ``LinearSelfAttention(settings).load_state_dict`` takes.
 
     Raises:
         UserError: for weights that are missing or that have no place in such a module.

@@ -130,7 +130,7 @@ class LinearAttentionSettings:
         return self.num_heads if self.num_value_heads is None else self.num_value_heads
 
 
-class LinearAttention(nn.Module):
+class LinearSelfAttention(nn.Module):
     """Self-attention with a state of constant size. State is passed in and returned, never kept."""
 
     def __init__(self, settings: LinearAttentionSettings) -> None:

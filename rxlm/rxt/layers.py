@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rxlm.nn.attention import Attention, AttentionSettings, KeyValue, initialize_copy_path
 from rxlm.nn.feed_forward import FeedForward
-from rxlm.nn.linear_attention import LinearAttention, LinearAttentionSettings
+from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
 from rxlm.nn.memory_driven import MemoryCondition
 from rxlm.nn.norms import make_norm
 from rxlm.nn.recurrent_cache import CarriedLayer, RecurrentCache
@@ -50,8 +50,8 @@ class ReactiveLayer(nn.Module):
         """
         super().__init__()
         self.norm_self = _norm(config)
-        self.self_attention: Attention | LinearAttention = (
-            LinearAttention(_linear_settings(config, layer, bidirectional, reads_memory))
+        self.self_attention: Attention | LinearSelfAttention = (
+            LinearSelfAttention(_linear_settings(config, layer, bidirectional, reads_memory))
             if config.layer_types[layer] in LINEAR_KINDS
             else Attention(_self_attention_settings(config, layer))
         )
@@ -86,13 +86,13 @@ class ReactiveLayer(nn.Module):
                 nn.init.constant_(
                     attention.gate.bias, HALF_OPEN[attention.settings.gate_activation]
                 )
-            if isinstance(attention, LinearAttention) and attention.settings.memory_fusion:
+            if isinstance(attention, LinearSelfAttention) and attention.settings.memory_fusion:
                 attention.memory_fusion.initialize()
         self.feed_forward.down.weight.data.mul_(scale)
         if self.reads_memory and config.copy_path_init:
             initialize_copy_path(self.cross_attention, scale)
 
-    def _attentions(self) -> list[Attention | LinearAttention]:
+    def _attentions(self) -> list[Attention | LinearSelfAttention]:
         both = [self.self_attention]
         if self.reads_memory:
             both.append(self.cross_attention)
@@ -113,7 +113,10 @@ class ReactiveLayer(nn.Module):
             None unless self-attention is MD-GDN's.
         """
         attention = self.self_attention
-        if not isinstance(attention, LinearAttention) or attention.settings.memory_fusion is None:
+        if (
+            not isinstance(attention, LinearSelfAttention)
+            or attention.settings.memory_fusion is None
+        ):
             return None
         return attention.memory_fusion(self.norm_slots(slots), slot_mask)
 
@@ -169,7 +172,7 @@ class ReactiveLayer(nn.Module):
         carried: CarriedLayer | None,
     ) -> tuple[Tensor, LayerCache | None]:
         attention = self.self_attention
-        if isinstance(attention, LinearAttention):
+        if isinstance(attention, LinearSelfAttention):
             assert past is None or isinstance(past, RecurrentCache)
             # Not rotated: the recurrence knows the order.
             return attention(normed, key_mask, past, condition, carried)

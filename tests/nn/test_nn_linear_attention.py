@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rxlm.errors import UserError
 from rxlm.nn.fla_weights import from_fla
-from rxlm.nn.linear_attention import LinearAttention, LinearAttentionSettings
+from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
 
 MECHANISMS = ("gla", "deltanet", "gated_deltanet", "kda")
 SIZES: dict[str, Any] = {"dim": 12, "num_heads": 2, "key_dim": 3, "value_dim": 5}
@@ -71,8 +71,8 @@ def fla_weights(settings: LinearAttentionSettings) -> dict[str, Tensor]:
     }
 
 
-def module_of(settings: LinearAttentionSettings) -> LinearAttention:
-    module = LinearAttention(settings).double()
+def module_of(settings: LinearAttentionSettings) -> LinearSelfAttention:
+    module = LinearSelfAttention(settings).double()
     module.load_state_dict(from_fla(settings, fla_weights(settings)))
     return module
 
@@ -194,7 +194,7 @@ def test_parameter_counts(
         mechanism, 1024, heads, key_dim, value_dim, conv_size=conv_size, gated=gated
     )
     with torch.device("meta"):
-        module = LinearAttention(settings)
+        module = LinearSelfAttention(settings)
     assert sum(parameter.numel() for parameter in module.parameters()) == count
 
 
@@ -202,7 +202,7 @@ def test_parameter_counts(
 def test_gates_start_in_the_published_ranges(mechanism: str, lowest: float) -> None:
     """Catches gates that start by forgetting everything or nothing, and that weight decay pulls."""
     torch.manual_seed(0)
-    gates = LinearAttention(settings_of(mechanism, num_heads=512, dim=8)).gates
+    gates = LinearSelfAttention(settings_of(mechanism, num_heads=512, dim=8)).gates
     rates, steps = gates.A_log.detach().exp(), F.softplus(gates.dt_bias.detach())
     assert lowest <= float(rates.min()) < lowest + 3 and 13 < float(rates.max()) <= 16.001
     assert 0.999e-3 <= float(steps.min()) < 2e-3 and 0.05 < float(steps.max()) <= 0.1001
@@ -216,7 +216,7 @@ def test_every_parameter_learns(mechanism: str, bidirectional: bool) -> None:
     """Catches parameters that nothing reads (they break distributed training), gradients that are
     not finite, and a gradient that stops at a carried cache."""
     torch.manual_seed(0)
-    module = LinearAttention(settings_of(mechanism, bidirectional=bidirectional))
+    module = LinearSelfAttention(settings_of(mechanism, bidirectional=bidirectional))
     x = torch.randn(2, 8, 12, requires_grad=True)
     if bidirectional:
         y, _ = module(x)
@@ -235,7 +235,7 @@ def test_every_parameter_learns(mechanism: str, bidirectional: bool) -> None:
 def test_bfloat16_autocast_keeps_gates_and_state_exact(mechanism: str) -> None:
     """Catches a state that is accumulated in bfloat16, and a dtype clash under autocast."""
     torch.manual_seed(0)
-    module = LinearAttention(settings_of(mechanism))
+    module = LinearSelfAttention(settings_of(mechanism))
     x = torch.randn(2, 9, 12)
     exact, _ = module(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -253,7 +253,7 @@ def test_modes_choose_the_form() -> None:
     """Catches a mode without effect, and a report of the backend that asks about another form."""
     x = torch.randn(1, 6, 12)
     for mode, form in (("chunk", "chunk"), ("fused", "recurrent")):
-        module = LinearAttention(settings_of("kda", mode=mode))
+        module = LinearSelfAttention(settings_of("kda", mode=mode))
         assert module._form(6) == form and module._form(1) == "step"
         choice = module.backend(x)
         assert choice.name == "torch" and "cpu" in choice.reason
@@ -281,7 +281,7 @@ def test_settings_that_cannot_be_built(fields: dict[str, Any], named: str) -> No
 
 def test_misuse_is_refused() -> None:
     """Catches masks of another shape that broadcast, and fla weights of another layer."""
-    module = LinearAttention(settings_of("kda"))
+    module = LinearSelfAttention(settings_of("kda"))
     x = torch.randn(2, 4, 12)
     with pytest.raises(UserError, match=r"key_mask is torch.bool \[2, 3\], expected .*\[2, 4\]"):
         module(x, torch.ones(2, 3, dtype=torch.bool))

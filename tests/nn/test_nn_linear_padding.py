@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rxlm.errors import UserError
-from rxlm.nn.linear_attention import LinearAttention, LinearAttentionSettings
+from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
 from rxlm.nn.recurrent_cache import RecurrentCache
 
 MECHANISMS = ("gla", "deltanet", "gated_deltanet", "kda")
 DIM = 12
 
 
-def module_of(mechanism: str, **fields: Any) -> LinearAttention:
+def module_of(mechanism: str, **fields: Any) -> LinearSelfAttention:
     """Return a float64 module, so that equal means equal."""
     torch.manual_seed(0)
     sizes = {"dim": DIM, "num_heads": 2, "key_dim": 3, "value_dim": 4}
-    return LinearAttention(LinearAttentionSettings(mechanism, **{**sizes, **fields})).double()
+    return LinearSelfAttention(LinearAttentionSettings(mechanism, **{**sizes, **fields})).double()
 
 
 def assert_same(one: Tensor, other: Tensor) -> None:
@@ -188,7 +188,7 @@ def test_the_second_direction_costs_a_set_of_gates(
     sizes = []
     for bidirectional in (False, True):
         with torch.device("meta"):
-            module = LinearAttention(
+            module = LinearSelfAttention(
                 LinearAttentionSettings(
                     mechanism, 1024, 16, key_dim, 64, bidirectional=bidirectional
                 )

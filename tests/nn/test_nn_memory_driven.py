@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rxlm.errors import UserError
-from rxlm.nn.linear_attention import LinearAttention, LinearAttentionSettings
+from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
 from rxlm.nn.memory_driven import MemoryFusion
 from rxlm.nn.recurrent_cache import CarriedLayer, CarriedState
 
@@ -22,11 +22,13 @@ MODES = ("add", "concat")
 modes = pytest.mark.parametrize("mode", MODES)
 
 
-def layer_of(mode: str | None, **changes: Any) -> LinearAttention:
+def layer_of(mode: str | None, **changes: Any) -> LinearSelfAttention:
     """Return a layer whose memory has a say: weights that start at zero are random."""
     torch.manual_seed(0)
     sizes = {"dim": 24, "num_heads": 3, "key_dim": 8, "value_dim": 8}
-    layer = LinearAttention(LinearAttentionSettings("kda", **sizes, memory_fusion=mode, **changes))
+    layer = LinearSelfAttention(
+        LinearAttentionSettings("kda", **sizes, memory_fusion=mode, **changes)
+    )
     if mode is not None:
         torch.nn.init.normal_(layer.memory_fusion.up.weight)
         torch.nn.init.normal_(layer.memory_fusion.keep.weight, std=0.3)

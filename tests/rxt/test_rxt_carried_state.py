@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rxlm.errors import UserError
-from rxlm.nn.linear_attention import LinearAttention
+from rxlm.nn.linear_attention import LinearSelfAttention
 from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.ops.sampling import GREEDY
 from rxlm.rxt.components import MemoryReading, RxTDecoder, RxTEncoder
@@ -54,7 +54,7 @@ def awake(module: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for part in module.modules():
-            if isinstance(part, LinearAttention) and part.settings.memory_fusion is not None:
+            if isinstance(part, LinearSelfAttention) and part.settings.memory_fusion is not None:
                 part.memory_fusion.up.weight.normal_(generator=generator)
                 part.memory_fusion.keep.weight.normal_(std=0.3, generator=generator)
                 part.memory_fusion.scale.fill_(1.0)

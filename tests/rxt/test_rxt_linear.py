@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rxlm.nn.attention import KeyValue
-from rxlm.nn.linear_attention import LinearAttention, LinearAttentionSettings
+from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
 from rxlm.nn.recurrent_cache import RecurrentCache
 from rxlm.ops.sampling import GREEDY
 from rxlm.rxt.components import RxTDecoder, RxTEncoder
@@ -62,7 +62,7 @@ def encoder_of(**fields: Any) -> RxTEncoder:
 def attentions(component: RxTDecoder | RxTEncoder) -> list[LinearAttentionSettings]:
     """Return the settings of every linear self-attention, in order."""
     return [
-        module.settings for module in component.modules() if isinstance(module, LinearAttention)
+        module.settings for module in component.modules() if isinstance(module, LinearSelfAttention)
     ]
 
 

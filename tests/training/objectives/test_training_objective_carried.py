@@ -15,7 +15,7 @@ from rxlm.data import Conversation, Interaction
 from rxlm.evaluation.answering import memory_of_own_answers, memory_of_references
 from rxlm.evaluation.conditions import state_to_read
 from rxlm.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
-from rxlm.nn.linear_attention import LinearAttention
+from rxlm.nn.linear_attention import LinearSelfAttention
 from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.rxt.dialogues import DialogueBatch, whole_dialogues
 from rxlm.rxt.reactive import ReactiveModel
@@ -52,7 +52,7 @@ def carrying(tiny: Any, layout: dict[str, Any]) -> ReactiveModel:
     torch.manual_seed(0)
     model = ReactiveModel(config, tiny.tokenizer)
     for part in model.modules():
-        if isinstance(part, LinearAttention) and part.settings.memory_fusion is not None:
+        if isinstance(part, LinearSelfAttention) and part.settings.memory_fusion is not None:
             torch.nn.init.normal_(part.memory_fusion.up.weight)
             torch.nn.init.constant_(part.memory_fusion.scale, 1.0)
     return model

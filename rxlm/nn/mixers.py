@@ -1,0 +1,253 @@
+"""One table of causal token mixers: what a language model, a benchmark or a study may be made of.
+
+A mixer is a module ``mixer(x, key_mask=None, cache=None) -> (y, cache)``: ``x`` and ``y`` are
+``[B, T, D]``, ``key_mask`` is bool ``[B, T]``, True at real tokens (padding may stand on either
+side), and the cache is a value: with that of the earlier tokens, the result is that of one call.
+A new mechanism is one decorated function; it then appears wherever mixers are listed:
+
+    @register_mixer("mean", cost="linear", summary="running mean")
+    def _mean(settings: MixerSettings) -> nn.Module: ...
+
+Not here: the mechanisms, and layers that read a memory (``rxlm.rxt``).
+
+Shapes: B batch, T tokens, D width, H heads, G key/value heads, K/V head dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rxlm.errors import UserError
+from rxlm.nn.attention import Attention, AttentionSettings, KeyValue
+from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention, Mode
+from rxlm.ops.attention import visible_keys
+from rxlm.ops.rotary import rotary_phases
+
+Cost = Literal["linear", "quadratic"]
+"""How time grows with the number of tokens."""
+
+
+@dataclass(frozen=True)
+class MixerSettings:
+    """What a model tells its mixers; each reads what concerns it.
+
+    Attributes:
+        dim: D.
+        num_heads: H.
+        num_key_value_heads: G of softmax attention; None = H.
+        rotary: whether softmax attention rotates queries and keys (recurrences know the order).
+        rope_base: base of the rotary frequencies.
+        dropout: probability of dropping an attention weight.
+        window: tokens that a window attention sees, the token itself included.
+        conv_size: tokens of the short convolution of recurrences; None = without.
+        expand_k: total key width of a recurrence as a factor of D; None = its published one.
+        expand_v: total value width as a factor of D; None = its published one.
+        gated: whether the output of a recurrence is gated.
+        mode: how a recurrence computes many tokens.
+        norm_eps: epsilon of norms inside the mixer.
+    """
+
+    dim: int
+    num_heads: int
+    num_key_value_heads: int | None = None
+    rotary: bool = True
+    rope_base: float = 10000.0
+    dropout: float = 0.0
+    window: int = 128
+    conv_size: int | None = 4
+    expand_k: float | None = None
+    expand_v: float | None = None
+    gated: bool = True
+    mode: Mode = "chunk"
+    norm_eps: float = 1e-5
+
+
+class Mixer(NamedTuple):
+    """An entry of the table: how to build it, how it scales, and one line about it."""
+
+    build: Callable[[MixerSettings], nn.Module]
+    cost: Cost
+    summary: str
+
+
+MIXERS: dict[str, Mixer] = {}
+"""Name -> mixer, in the order of registration."""
+
+
+def register_mixer(
+    name: str, *, cost: Cost, summary: str
+) -> Callable[[Callable[[MixerSettings], nn.Module]], Callable[[MixerSettings], nn.Module]]:
+    """Return a decorator that enters a builder into the table.
+
+    Raises:
+        UserError: if the name is taken.
+    """
+
+    def enter(build: Callable[[MixerSettings], nn.Module]) -> Callable[[MixerSettings], nn.Module]:
+        if name in MIXERS:
+            raise UserError(f"a mixer named {name!r} exists: choose another name.")
+        MIXERS[name] = Mixer(build, cost, summary)
+        return build
+
+    return enter
+
+
+def build_mixer(name: str, settings: MixerSettings) -> nn.Module:
+    """Return a new mixer with its published initialisation.
+
+    Raises:
+        UserError: for a name that is not in the table, or sizes that the mixer refuses.
+    """
+    if name not in MIXERS:
+        raise UserError(f"mixer {name!r} does not exist: use one of {', '.join(MIXERS)}.")
+    return MIXERS[name].build(settings)
+
+
+class SoftmaxCache(NamedTuple):
+    """Past of softmax attention: keys and values ``[B, P, G, K]``, which are real ``[B, P]``, and
+    how many real tokens each row has had ``[B]``."""
+
+    key_value: KeyValue
+    key_mask: Tensor
+    lengths: Tensor
+
+    def select(self, rows: Any) -> SoftmaxCache:
+        """Return the sequences ``rows``, in that order; a row may be repeated."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.lengths.device)
+        return SoftmaxCache(
+            KeyValue(*(part.index_select(0, index) for part in self.key_value)),
+            self.key_mask.index_select(0, index),
+            self.lengths.index_select(0, index),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the value; it grows with the number of tokens."""
+        tensors = (*self.key_value, self.key_mask, self.lengths)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class SoftmaxMixer(nn.Module):
+    """Causal softmax attention (MHA, GQA, MQA by head counts) with rotary positions."""
+
+    def __init__(self, settings: MixerSettings) -> None:
+        super().__init__()
+        heads = settings.num_heads
+        _check_heads(settings)
+        self.rope_base = settings.rope_base if settings.rotary else None
+        self.attention = Attention(
+            AttentionSettings(
+                dim=settings.dim,
+                num_heads=heads,
+                num_key_value_heads=settings.num_key_value_heads or heads,
+                head_dim=settings.dim // heads,
+                rotary="both" if settings.rotary else "none",
+                output_bias=False,
+                dropout=settings.dropout,
+                norm_eps=settings.norm_eps,
+            )
+        )
+
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None = None, cache: SoftmaxCache | None = None
+    ) -> tuple[Tensor, SoftmaxCache]:
+        """Attend over ``x`` ``[B, T, D]`` and the cached past; see the module's contract."""
+        new_mask = (
+            torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            if key_mask is None
+            else key_mask
+        )
+        counts = new_mask.long().cumsum(dim=1)
+        start = counts.new_zeros(x.shape[0]) if cache is None else cache.lengths
+        phases = None
+        if self.rope_base is not None:
+            positions = (counts - 1).clamp(min=0) + start[:, None]
+            phases = rotary_phases(positions, self.attention.settings.head_dim, self.rope_base)
+        present = self.attention.project(x, phases)
+        all_keys = new_mask
+        if cache is not None:
+            present = cache.key_value.append(present)
+            all_keys = torch.cat((cache.key_mask, new_mask), dim=1)
+        # Without padding anywhere the kernels' own causal mask would do; one path serves all.
+        mask = visible_keys(
+            None if key_mask is None and cache is None else all_keys,
+            x.shape[1],
+            all_keys.shape[1],
+            causal=True,
+            device=x.device,
+        )
+        lengths = start + counts[:, -1] if x.shape[1] else start
+        y = self.attention(x, present, mask, phases)
+        return y, SoftmaxCache(present, all_keys, lengths)
+
+
+def _check_heads(settings: MixerSettings) -> None:
+    heads, groups = settings.num_heads, settings.num_key_value_heads
+    if settings.dim % heads:
+        raise UserError(f"dim={settings.dim} is not divisible by num_heads={heads}.")
+    if settings.rotary and settings.dim // heads % 2:
+        raise UserError(
+            f"dim={settings.dim} with num_heads={heads} makes heads {settings.dim // heads} wide, "
+            "but rotary positions turn pairs: use an even width, or rotary=False."
+        )
+    if groups is not None and heads % groups:
+        raise UserError(f"num_heads={heads} is not divisible by num_key_value_heads={groups}.")
+
+
+@register_mixer("softmax", cost="quadratic", summary="softmax attention with rotary positions")
+def _softmax(settings: MixerSettings) -> nn.Module:
+    return SoftmaxMixer(settings)
+
+
+def _linear(mechanism: str, expand_k: float, settings: MixerSettings) -> nn.Module:
+    heads = settings.num_heads
+    widths = {}
+    for field, given, published in (
+        ("expand_k", settings.expand_k, expand_k),
+        ("expand_v", settings.expand_v, 1.0),
+    ):
+        width = settings.dim * (published if given is None else given)
+        if width != int(width) or int(width) % heads:
+            raise UserError(
+                f"{mechanism}: {field} x dim={settings.dim} is {width:g}, not divisible by "
+                f"num_heads={heads}."
+            )
+        widths[field] = int(width) // heads
+    return LinearSelfAttention(
+        LinearAttentionSettings(
+            mechanism=mechanism,
+            dim=settings.dim,
+            num_heads=heads,
+            key_dim=widths["expand_k"],
+            value_dim=widths["expand_v"],
+            mode=settings.mode,
+            conv_size=settings.conv_size,
+            gated=settings.gated,
+            norm_eps=settings.norm_eps,
+        )
+    )
+
+
+@register_mixer("gla", cost="linear", summary="gated linear attention: decay per channel")
+def _gla(settings: MixerSettings) -> nn.Module:
+    return _linear("gla", 0.5, settings)
+
+
+@register_mixer("deltanet", cost="linear", summary="delta rule without decay")
+def _deltanet(settings: MixerSettings) -> nn.Module:
+    return _linear("deltanet", 1.0, settings)
+
+
+@register_mixer("gated_deltanet", cost="linear", summary="delta rule, decay per head")
+def _gated_deltanet(settings: MixerSettings) -> nn.Module:
+    return _linear("gated_deltanet", 1.0, settings)
+
+
+@register_mixer("kda", cost="linear", summary="Kimi delta attention: decay per channel")
+def _kda(settings: MixerSettings) -> nn.Module:
+    return _linear("kda", 1.0, settings)
