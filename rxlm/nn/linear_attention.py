@@ -213,6 +213,69 @@ class LinearSelfAttention(nn.Module):
         y, cache = self._attend(order.pack(x), order.key_mask, cache, state, memory)
         return order.unpack(y), cache
 
+    def forward_turns(
+        self,
+        x: Tensor,
+        key_mask: Tensor,
+        num_turns: int,
+        memory: MemoryCondition | None = None,
+        carried: CarriedLayer | None = None,
+        backprop_turns: int | None = None,
+    ) -> tuple[Tensor, CarriedLayer]:
+        """Run KDA or MD-GDN over whole turns of conversations, its state carried from turn to turn.
+
+        The same as :meth:`forward` for one turn after the other, at a fraction of its time: only
+        the states are computed in order.
+
+        Args:
+            x: ``[N * B, T, D]``, flat turn ``n * B + b``.
+            key_mask: ``[N * B, T]`` bool, True at real tokens. A turn without any leaves its
+                conversation as it is.
+            num_turns: N.
+            memory: what ``memory_fusion`` read for each of the N * B turns; None = without memory.
+            carried: the state before the first turn; None = there is none.
+            backprop_turns: cut the gradient of the state after so many turns; None = never.
+
+        Returns:
+            ``[N * B, T, D]``, and what is carried before each turn and after the last: states
+            ``[N + 1, B, HV, K, V]``, started ``[N + 1, B]``.
+
+        Raises:
+            UserError: in both directions, for another mechanism, or for shapes that do not fit.
+        """
+        if self.settings.bidirectional or self.settings.mechanism != "kda":
+            raise UserError(
+                f"turns in order need mechanism 'kda' in one direction, not "
+                f"{self.settings.mechanism!r} with bidirectional={self.settings.bidirectional}."
+            )
+        _check_mask(x, key_mask)
+        batch = x.shape[0] // num_turns
+        self._check_carried(carried, batch)
+        exists = key_mask.any(dim=1).view(num_turns, batch)
+        before = carried.started if carried is not None else torch.zeros_like(exists[0])
+        started = torch.cat((before[None], exists | before)).cummax(dim=0).values
+        order = RealTokensFirst(key_mask)
+        packed, key_mask = order.pack(x), order.key_mask
+        query, key, value, _ = self._project(packed, key_mask, None)
+        offsets = None if memory is None else self.memory_fusion.gate_offsets(packed, memory)
+        gates = self.gates(packed, offsets)
+        assert gates.log_decay is not None and gates.write_strength is not None
+        keep, added = self._turn_starts(memory, started[:-1], exists)
+        heads, states = ops.kda_over_turns(
+            query,
+            key,
+            value,
+            gates.log_decay,
+            gates.write_strength,
+            keep=keep,
+            added=added,
+            initial_state=None if carried is None else carried.state,
+            key_mask=key_mask,
+            backend=self.settings.backend,
+            backprop_turns=backprop_turns,
+        )
+        return order.unpack(self._finish(packed, heads)), CarriedLayer(states, started)
+
     def backend(self, x: Tensor, num_tokens: int | None = None) -> ops.BackendChoice:
         """Return which backend computes ``num_tokens`` (default: those of ``x``) and why.
 
@@ -247,14 +310,7 @@ class LinearSelfAttention(nn.Module):
         self, x: Tensor, memory: MemoryCondition | None, carried: CarriedLayer | None
     ) -> Tensor | None:
         """Return the state that the first token of an interaction meets; None for zeros."""
-        if carried is not None:
-            settings = self.settings
-            shape = (x.shape[0], settings.value_heads, settings.key_dim, settings.value_dim)
-            if carried.state.shape != shape or carried.started.shape != shape[:1]:
-                raise UserError(
-                    f"linear attention: carried state {list(carried.state.shape)} of "
-                    f"{list(carried.started.shape)} rows, expected {list(shape)}."
-                )
+        self._check_carried(carried, x.shape[0])
         if memory is None:
             return None if carried is None else carried.state
         return self.memory_fusion.initial_state(
@@ -262,6 +318,37 @@ class LinearSelfAttention(nn.Module):
             None if carried is None else carried.state,
             None if carried is None else carried.started,
         )
+
+    def _check_carried(self, carried: CarriedLayer | None, batch: int) -> None:
+        settings = self.settings
+        shape = (batch, settings.value_heads, settings.key_dim, settings.value_dim)
+        if carried is None or (carried.state.shape, carried.started.shape) == (shape, shape[:1]):
+            return
+        raise UserError(
+            f"linear attention: carried state {list(carried.state.shape)} of "
+            f"{list(carried.started.shape)} rows, expected {list(shape)}."
+        )
+
+    def _turn_starts(
+        self, memory: MemoryCondition | None, started: Tensor, exists: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return factor ``[N, B, HV]`` and summand of the state at the start of each turn.
+
+        Args:
+            memory: of each flat turn; None leaves the state as it is.
+            started: ``[N, B]`` bool, whether there was a turn before.
+            exists: ``[N, B]`` bool, whether the turn has a token; if not, nothing changes.
+        """
+        settings = self.settings
+        sizes = (settings.value_heads, settings.key_dim, settings.value_dim)
+        if memory is None:
+            dtype = _state_dtype(self.norm.weight)
+            nothing = self.norm.weight.new_zeros(*started.shape, *sizes, dtype=dtype)
+            return torch.ones_like(nothing[..., 0, 0]), nothing
+        keep = memory.keep.unflatten(0, started.shape) * started.unsqueeze(-1)
+        added = (1.0 - keep)[..., None, None] * memory.state.unflatten(0, started.shape)
+        missing = ~exists.unsqueeze(-1)
+        return keep.masked_fill(missing, 1.0), added.masked_fill(missing[..., None, None], 0.0)
 
     def _attend(
         self,
@@ -360,6 +447,10 @@ class LinearSelfAttention(nn.Module):
             gate = gate.sigmoid() if self.settings.mechanism == "kda" else F.silu(gate)
             mixed = mixed * gate
         return self.output(mixed)
+
+
+def _state_dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def _check_mask(x: Tensor, key_mask: Tensor) -> None:

@@ -285,6 +285,68 @@ class RxTDecoder(_Component):
         lengths = start + counts[:, -1] if ids.shape[1] else start
         return self.head_norm(x), DecodeCache(tuple(kept), all_keys, lengths)
 
+    def forward_turns(
+        self,
+        ids: Tensor,
+        key_mask: Tensor,
+        num_turns: int,
+        *,
+        memory: MemoryReading | None = None,
+        carried: CarriedState | None = None,
+        backprop_turns: int | None = None,
+    ) -> tuple[Tensor, CarriedState]:
+        """Run a decoder that carries a state over whole turns of conversations, in their order.
+
+        The same as :meth:`forward` and :meth:`carry` turn by turn, but only the carried states are
+        computed one after the other.
+
+        Args:
+            ids: ``[N * B, T]``, flat turn ``n * B + b``.
+            key_mask: ``[N * B, T]`` bool, True at real tokens; a turn without any leaves its
+                conversation as it is.
+            num_turns: N.
+            memory: what each flat turn reads, from :meth:`read_memory`; None = no memory.
+            carried: of the B conversations before their first turn here; None = nothing.
+            backprop_turns: cut the gradient of the carried state after so many turns; None =
+                never.
+
+        Returns:
+            hidden states ``[N * B, T, D]``, and what is carried before each turn and after the
+            last, states ``[R, (N + 1) * B, HV, K, V]`` with flat index ``m * B + b`` after m turns.
+        """
+        mask = None
+        if self._has_keys:
+            length = ids.shape[1]
+            mask = visible_keys(key_mask, length, length, causal=True, device=ids.device)
+        phases = self._phases(token_positions(key_mask, ids.shape[1], ids.device))
+        carried_layers = self._carried_layers(carried, ids.shape[0] // num_turns, None)
+        x = self._embed(ids)
+        histories: list[CarriedLayer] = []
+        for index, module in enumerate(self.layers):
+            layer = cast(ReactiveLayer, module)
+            reading: dict[str, Any] = {
+                "phases": phases,
+                "key_mask": key_mask,
+                "memory": memory.layers[index] if memory is not None and memory.layers else None,
+                "memory_mask": None if memory is None else memory.mask,
+                "condition": memory.conditions[index] if memory and memory.conditions else None,
+            }
+            if index in self._carrying:
+                x, history = layer.forward_turns(
+                    x,
+                    num_turns=num_turns,
+                    carried=carried_layers.get(index),
+                    backprop_turns=backprop_turns,
+                    **reading,
+                )
+                histories.append(history)
+            else:
+                x, _ = layer(x, mask=mask, **reading)
+        return self.head_norm(x), CarriedState(
+            torch.stack([history.state.flatten(0, 1) for history in histories]),
+            histories[0].started.flatten(),
+        )
+
     def _carried_layers(
         self, carried: CarriedState | None, batch_size: int, cache: DecodeCache | None
     ) -> dict[int, CarriedLayer]:

@@ -156,10 +156,46 @@ class ReactiveLayer(nn.Module):
         mixed, present = self._attend_to_self(
             normed, mask, phases, key_mask, past, condition, carried
         )
+        return self._after_self_attention(x, mixed, phases, memory, memory_mask), present
+
+    def forward_turns(
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor,
+        num_turns: int,
+        phases: Tensor | None,
+        memory: KeyValue | None = None,
+        memory_mask: Tensor | None = None,
+        condition: MemoryCondition | None = None,
+        carried: CarriedLayer | None = None,
+        backprop_turns: int | None = None,
+    ) -> tuple[Tensor, CarriedLayer]:
+        """Run a layer that carries a state over whole turns ``[N * B, T, D]``, in their order.
+
+        Arguments are those of :meth:`forward`, for N * B flat turns (``n * B + b``); ``carried``
+        is that of the B conversations before the first. See
+        :meth:`rxlm.nn.linear_attention.LinearSelfAttention.forward_turns`.
+        """
+        attention = self.self_attention
+        assert isinstance(attention, LinearSelfAttention)
+        mixed, history = attention.forward_turns(
+            self.norm_self(x), key_mask, num_turns, condition, carried, backprop_turns
+        )
+        return self._after_self_attention(x, mixed, phases, memory, memory_mask), history
+
+    def _after_self_attention(
+        self,
+        x: Tensor,
+        mixed: Tensor,
+        phases: Tensor | None,
+        memory: KeyValue | None,
+        memory_mask: Tensor | None,
+    ) -> Tensor:
         x = x + mixed
         if self.reads_memory and memory is not None:
             x = x + self.cross_attention(self.norm_cross(x), memory, memory_mask, phases)
-        return x + self.feed_forward(self.norm_feed_forward(x)), present
+        return x + self.feed_forward(self.norm_feed_forward(x))
 
     def _attend_to_self(
         self,

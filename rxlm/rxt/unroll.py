@@ -2,9 +2,9 @@
 
 The encoder does not depend on memory, so the turns of all dialogues are encoded in one batch. The
 memory is then scanned turn by turn (small tensors), and with the memory before every turn at hand
-all answers are predicted in one batch. A decoder that carries a state reads the turns in order
-instead (:func:`decode_turns`). Gradients flow through the whole scan; the one setting that cuts
-them is ``backprop_turns``.
+all answers are predicted in one batch. A decoder that carries a state reads every turn
+(:func:`decode_turns`), also in one batch but for the states, which follow one another. Gradients
+flow through the whole scan; the one setting that cuts them is ``backprop_turns``.
 
 Shapes: L layers, B dialogues, N turns, R rows, T tokens, S slots, D width, V vocabulary.
 """
@@ -12,7 +12,7 @@ Shapes: L layers, B dialogues, N turns, R rows, T tokens, S slots, D width, V vo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def scan_memory(
 def decode_turns(
     decoder: RxTDecoder, batch: DialogueBatch, read: Reader, backprop_turns: int | None = None
 ) -> DecodedTurns:
-    """Let a decoder that carries a state read all turns, one after the other.
+    """Let a decoder that carries a state read all turns.
 
     Args:
         decoder: one with ``carries_state``.
@@ -125,34 +125,19 @@ def decode_turns(
             the memory; None = never.
     """
     ids, mask = _turns_in_order(batch)
-    longest = ids.shape[-1]
-    places = torch.arange(batch.num_turns * batch.num_dialogues, device=ids.device)
-    places = places.view(batch.num_turns, batch.num_dialogues)
-    carried = cast(CarriedState, decoder.nothing_carried(batch.num_dialogues))
-    hidden, history = [], [carried]
-    for turn, length in enumerate(mask.sum(dim=-1).amax(dim=-1).tolist()):
-        if backprop_turns is not None and turn and turn % backprop_turns == 0:
-            carried = carried.detach()
-        new, cache = decoder(
-            ids[turn, :, :length],
-            mask[turn, :, :length],
-            memory=decoder.read_memory(*read(places[turn])),
-            carried=carried,
-        )
-        carried = cast(CarriedState, decoder.carry(cache, carried))
-        hidden.append(torch.nn.functional.pad(new, (0, 0, 0, longest - length)))
-        history.append(carried)
-    return DecodedTurns(
-        torch.cat(hidden),
-        CarriedState(
-            torch.cat([item.states for item in history], dim=1),
-            torch.cat([item.started for item in history]),
-        ),
+    places = torch.arange(len(ids), device=ids.device)
+    hidden, carried = decoder.forward_turns(
+        ids,
+        mask,
+        batch.num_turns,
+        memory=decoder.read_memory(*read(places)),
+        backprop_turns=backprop_turns,
     )
+    return DecodedTurns(hidden, carried)
 
 
 def _turns_in_order(batch: DialogueBatch) -> tuple[Tensor, Tensor]:
-    """Return ids and mask of all turns, ``[N, B, T]``; turns that do not exist are all False."""
+    """Return ids and mask of all turns, ``[N * B, T]``; turns that do not exist are all False."""
     longest = max(rows.ids.shape[1] for rows in batch.encode)
     ids = batch.encode[0].ids.new_zeros(batch.num_turns * batch.num_dialogues, longest)
     mask = torch.zeros_like(ids, dtype=torch.bool)
@@ -160,8 +145,7 @@ def _turns_in_order(batch: DialogueBatch) -> tuple[Tensor, Tensor]:
         length = rows.ids.shape[1]
         ids[rows.place, :length] = rows.ids
         mask[rows.place, :length] = rows.mask
-    shape = (batch.num_turns, batch.num_dialogues)
-    return ids.unflatten(0, shape), mask.unflatten(0, shape)
+    return ids, mask
 
 
 def answer_rows(

@@ -16,6 +16,7 @@ from rxlm.ops.linear_attention.mechanisms import (
     gated_deltanet,
     gla,
     kda,
+    kda_over_turns,
     l2_normalize,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "deltanet",
     "gated_deltanet",
     "kda",
+    "kda_over_turns",
     "LinearAttentionResult",
     "l2_normalize",
     # what there is, and what runs

@@ -12,7 +12,8 @@ of a chunk, M = N * B * H.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,76 @@ def chunked(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Ten
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
 
 
+class TurnStarts(NamedTuple):
+    """What happens to the state when a turn begins: ``state <- keep * state + added``.
+
+    Attributes:
+        keep: ``[N, B, H]``, N turns.
+        added: ``[N, B, H, K, V]``.
+        backprop_turns: the gradient of the state is cut after so many turns; None = never.
+    """
+
+    keep: Tensor
+    added: Tensor
+    backprop_turns: int | None = None
+
+
+def chunked_turns(
+    tokens: Tokens, state: Tensor, starts: TurnStarts, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Run over the turns of conversations in order: all turns are solved at once.
+
+    As :func:`chunked` over the turns one after the other, with the state changed in between.
+
+    Args:
+        tokens: of N turns of B conversations with the delta rule, ``[N * B, T, ...]``, flat turn
+            ``n * B + b``, as :func:`~rxlm.ops.linear_attention.inputs.for_torch` returns them.
+        state: ``[B, H, K, V]``, what the first turn is given.
+        starts: what becomes of it at the start of each turn.
+        chunk_size: C, a power of two.
+
+    Returns:
+        Outputs ``[N * B, T, H, V]``; the states ``[N + 1, B, H, K, V]`` before each turn (before
+        its start changes it) and after the last.
+    """
+    num_turns, batch, num_heads = starts.keep.shape
+    length, value_dim = tokens.value.shape[1], tokens.value.shape[3]
+    while chunk_size >= 2 * length:
+        chunk_size //= 2
+    chunks_per_turn = -(-length // chunk_size)
+    assert tokens.log_decay is not None and tokens.write_strength is not None
+    query, key, value, log_decay, strength = (
+        _to_chunks(tensor, chunk_size, num_turns)
+        for tensor in (
+            tokens.query,
+            tokens.key,
+            tokens.value,
+            tokens.log_decay,
+            tokens.write_strength.unsqueeze(-1),
+        )
+    )
+    pairs, solved = _solve(query, key, value, log_decay, strength)
+    keep = starts.keep.flatten(1)[..., None, None].unbind(0)
+    added = starts.added.flatten(1, 2).unbind(0)
+    history: list[Tensor] = []
+
+    def begin_turn(chunk: int, state: Tensor) -> Tensor:
+        turn, rest = divmod(chunk, chunks_per_turn)
+        if rest:
+            return state
+        history.append(state)
+        cut = starts.backprop_turns
+        if cut is not None and turn and turn % cut == 0:
+            state = state.detach()
+        return torch.addcmul(added[turn], keep[turn], state)
+
+    entry_states, written, state = _scan_delta_rule(pairs, solved, state.flatten(0, 1), begin_turn)
+    output = _read(pairs, entry_states, written)
+    output = output.view(num_turns, chunks_per_turn, batch, num_heads, chunk_size, value_dim)
+    output = output.permute(0, 2, 1, 4, 3, 5).flatten(2, 3).flatten(0, 1)[:, :length]
+    return output, torch.stack([*history, state]).unflatten(1, (batch, num_heads))
+
+
 def _segment(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """Run over consecutive chunks whose intermediate results are held together."""
     batch, length, num_heads, value_dim = tokens.value.shape
@@ -63,33 +134,49 @@ def _segment(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Te
     if tokens.write_strength is None:
         pairs = decayed_pairs(query.unsqueeze(1), key, log_decay)
         entry_states, state = _scan_additive(pairs, value, state)
-        written, reads, seen = value, pairs.rows[:, 0], pairs.matrix[:, 0]
+        written = value
     else:
         strength = _to_chunks(tokens.write_strength.unsqueeze(-1), chunk_size)
-        pairs = decayed_pairs(torch.stack([query, key * strength], dim=1), key, log_decay)
-        reads, erases = pairs.rows.unbind(1)
-        seen, system = pairs.matrix.unbind(1)
-        # The system relates what the tokens of a chunk write. It is linear in the entry state, so
-        # the part without it and the part per channel of it are solved for at once.
-        solved = torch.linalg.solve_triangular(
-            system.contiguous(),  # the solver is slower on strided batches
-            torch.cat([value * strength, erases], dim=-1),
-            upper=False,
-            unitriangular=True,
-        )
+        pairs, solved = _solve(query, key, value, log_decay, strength)
         entry_states, written, state = _scan_delta_rule(pairs, solved, state)
-    output = torch.baddbmm(reads @ entry_states, seen, written)
+    output = _read(pairs, entry_states, written)
     output = output.view(-1, batch, num_heads, chunk_size, value_dim).permute(1, 0, 3, 2, 4)
     return output.flatten(1, 2)[:, :length], state.unflatten(0, (batch, num_heads))
 
 
-def _to_chunks(tensor: Tensor, chunk_size: int) -> Tensor:
-    """Reorder ``[B, T, H, X]`` to ``[M, C, X]``; missing tokens are zeros, which change nothing."""
+def _solve(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, strength: Tensor
+) -> tuple[DecayedPairs, Tensor]:
+    """Return the decayed pairs of ``[M, C, X]`` chunks and what their tokens write.
+
+    The system relates what the tokens of a chunk write. It is linear in the entry state, so the
+    part without it and the part per channel of it are solved for at once: ``[M, C, V + K]``.
+    """
+    pairs = decayed_pairs(torch.stack([query, key * strength], dim=1), key, log_decay)
+    solved = torch.linalg.solve_triangular(
+        pairs.matrix[:, 1].contiguous(),  # the solver is slower on strided batches
+        torch.cat([value * strength, pairs.rows[:, 1]], dim=-1),
+        upper=False,
+        unitriangular=True,
+    )
+    return pairs, solved
+
+
+def _read(pairs: DecayedPairs, entry_states: Tensor, written: Tensor) -> Tensor:
+    """Return what the queries (the first rows) read of entry state and own chunk, ``[M, C, V]``."""
+    return torch.baddbmm(pairs.rows[:, 0] @ entry_states, pairs.matrix[:, 0], written)
+
+
+def _to_chunks(tensor: Tensor, chunk_size: int, num_turns: int = 1) -> Tensor:
+    """Reorder ``[num_turns * B, T, H, X]`` to ``[M, C, X]``, in the order in which chunks follow.
+
+    Missing tokens are zeros, which change nothing.
+    """
     missing = -tensor.shape[1] % chunk_size
     if missing:
         tensor = F.pad(tensor, (0, 0, 0, 0, 0, missing))
-    chunks = tensor.unflatten(1, (-1, chunk_size)).permute(1, 0, 3, 2, 4)
-    return chunks.reshape(-1, chunk_size, tensor.shape[-1])
+    turns = tensor.unflatten(1, (-1, chunk_size)).unflatten(0, (num_turns, -1))
+    return turns.permute(0, 2, 1, 4, 3, 5).reshape(-1, chunk_size, tensor.shape[-1])
 
 
 def _scan_additive(pairs: DecayedPairs, value: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +193,10 @@ def _scan_additive(pairs: DecayedPairs, value: Tensor, state: Tensor) -> tuple[T
 
 
 def _scan_delta_rule(
-    pairs: DecayedPairs, solved: Tensor, state: Tensor
+    pairs: DecayedPairs,
+    solved: Tensor,
+    state: Tensor,
+    begin_chunk: Callable[[int, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each chunk starts from and writes: the only part that runs in sequence.
 
@@ -115,6 +205,7 @@ def _scan_delta_rule(
         solved: ``[M, C, V + K]``: what would be written into an empty state, and what the entry
             state takes away from that, per channel.
         state: ``[B * H, K, V]``.
+        begin_chunk: what becomes of the state before the chunk of that number; None = nothing.
 
     Returns:
         The states ``[M, K, V]`` at the start of each chunk, what is written ``[M, C, V]``, and the
@@ -130,7 +221,10 @@ def _scan_delta_rule(
     if pairs.total is not None:
         totals = _per_chunk(pairs.total.unsqueeze(-1), num_rows)
     entry_states, all_written = [], []
-    for empty, taken, key, total in zip(into_empty, taken_away, keys, totals, strict=True):
+    chunks = zip(into_empty, taken_away, keys, totals, strict=True)
+    for number, (empty, taken, key, total) in enumerate(chunks):
+        if begin_chunk is not None:
+            state = begin_chunk(number, state)
         entry_states.append(state)
         written = torch.baddbmm(empty, taken, state, alpha=-1)
         state = torch.baddbmm(state if total is None else total * state, key, written)

@@ -28,7 +28,7 @@ from rxlm.ops.linear_attention.backends import (
     run_fla,
     select_backend,
 )
-from rxlm.ops.linear_attention.chunk import chunked
+from rxlm.ops.linear_attention.chunk import TurnStarts, chunked, chunked_turns
 from rxlm.ops.linear_attention.inputs import (
     MECHANISMS,
     Tokens,
@@ -40,6 +40,8 @@ from rxlm.ops.linear_attention.inputs import (
 from rxlm.ops.linear_attention.recurrent import recurrent, step
 
 DEFAULT_CHUNK_SIZE = 64
+DEFAULT_TURN_CHUNK_SIZE = 16
+"""Turns are short and padded to whole chunks."""
 
 
 class LinearAttentionResult(NamedTuple):
@@ -213,6 +215,105 @@ def kda(
     return _attend("kda", tokens, initial_state, key_mask, scale, form, chunk_size, backend)
 
 
+def kda_over_turns(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    write_strength: Tensor,
+    *,
+    keep: Tensor,
+    added: Tensor,
+    initial_state: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    chunk_size: int = DEFAULT_TURN_CHUNK_SIZE,
+    backend: Backend = "auto",
+    backprop_turns: int | None = None,
+) -> LinearAttentionResult:
+    """KDA over the turns of conversations, whose state is changed where a turn begins.
+
+    The same as :func:`kda` for one turn after the other, each with ``initial_state = keep *
+    (state after the turn before) + added``; but what does not depend on the state is computed for
+    all turns at once. fla has no such kernel: there the turns run one after the other.
+
+    Args:
+        query: ``[N * B, T, H, K]``: N turns of B conversations, flat turn ``n * B + b``.
+        key: ``[N * B, T, H, K]``, of length 1.
+        value: ``[N * B, T, HV, V]``.
+        log_decay: ``[N * B, T, HV, K]``, natural logarithms <= 0.
+        write_strength: ``[N * B, T, HV]``.
+        keep: ``[N, B, HV]``, factor on the state at the start of each turn.
+        added: ``[N, B, HV, K, V]``, what is added to it there.
+        initial_state: ``[B, HV, K, V]`` before the first turn; None for an empty one.
+        key_mask: ``[N * B, T]`` bool, True at real tokens.
+        scale: factor on the queries; default ``K**-0.5``.
+        chunk_size: as of :func:`kda`.
+        backend: as of :func:`kda`.
+        backprop_turns: cut the gradient of the state after so many turns; None = never.
+
+    Returns:
+        Output ``[N * B, T, HV, V]``, and as ``final_state`` all states ``[N + 1, B, HV, K, V]``:
+        before each turn, before its start changes it, and after the last.
+
+    Raises:
+        UserError: as :func:`gla`, and if ``keep`` and ``added`` do not fit.
+    """
+    mechanism = MECHANISMS["kda"]
+    tokens = Tokens(query, key, value, log_decay, write_strength)
+    check(mechanism, tokens, None, key_mask)
+    batch = _batch_of_turns(tokens, keep, added, initial_state)
+    _check_chunk_size("kda", chunk_size)
+    choice = select_backend(
+        "kda", backend=backend, device=query.device, dtype=query.dtype, key_dim=query.shape[3]
+    )
+    log_choice("kda", "turns", choice)
+    tokens = ignore_padding(tokens, key_mask)
+    check_gates(mechanism, tokens.log_decay)
+    if initial_state is None:
+        initial_state = torch.zeros_like(added[0])
+    if choice.name == "fla":
+        outputs, states = [], [initial_state]
+        for turn, part in enumerate(tokens.rows(batch)):
+            state = states[-1]
+            if backprop_turns is not None and turn and turn % backprop_turns == 0:
+                state = state.detach()
+            state = torch.addcmul(added[turn], keep[turn][..., None, None], state)
+            output, state = run_fla("kda", "chunk", part, state, scale)
+            outputs.append(output)
+            states.append(state)
+        return LinearAttentionResult(torch.cat(outputs), torch.stack(states))
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        prepared, _ = for_torch(tokens, None, scale)
+        dtype = prepared.value.dtype
+        starts = TurnStarts(keep.to(dtype), added.to(dtype), backprop_turns)
+        output, states_of = chunked_turns(prepared, initial_state.to(dtype), starts, chunk_size)
+    return LinearAttentionResult(output.to(query.dtype), states_of)
+
+
+def _batch_of_turns(
+    tokens: Tokens, keep: Tensor, added: Tensor, initial_state: Tensor | None
+) -> int:
+    rows, length, heads, value_dim = tokens.value.shape
+    key_dim = tokens.query.shape[3]
+    if keep.ndim != 3 or keep.shape[0] * keep.shape[1] != rows or keep.shape[2] != heads:
+        raise UserError(
+            f"kda: keep has shape {list(keep.shape)}, expected [turns, conversations, {heads}] "
+            f"for {rows} rows of value."
+        )
+    num_turns, batch, _ = keep.shape
+    wanted = [num_turns, batch, heads, key_dim, value_dim]
+    if list(added.shape) != wanted:
+        raise UserError(f"kda: added has shape {list(added.shape)}, expected {wanted}.")
+    if initial_state is not None and list(initial_state.shape) != wanted[1:]:
+        raise UserError(
+            f"kda: initial_state has shape {list(initial_state.shape)}, expected {wanted[1:]}."
+        )
+    if length == 0:
+        raise UserError("kda: turns without tokens; leave them out.")
+    return batch
+
+
 def l2_normalize(vectors: Tensor, eps: float = 1e-6) -> Tensor:
     """Scale vectors along the last dimension to length 1, with eps inside the root.
 
@@ -244,8 +345,7 @@ def _attend(
     length, key_dim = tokens.query.shape[1], tokens.query.shape[3]
     if form == "step" and length != 1:
         raise UserError(f"{name}: form 'step' takes one token, not {length}; use 'chunk'.")
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise UserError(f"{name}: chunk_size {chunk_size} is not a power of two, such as 64.")
+    _check_chunk_size(name, chunk_size)
     choice = select_backend(
         name,
         backend=backend,
@@ -271,6 +371,11 @@ def _attend(
         else:
             output, state = step(prepared, state)
     return LinearAttentionResult(output.to(tokens.query.dtype), state)
+
+
+def _check_chunk_size(name: str, chunk_size: int) -> None:
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise UserError(f"{name}: chunk_size {chunk_size} is not a power of two, such as 64.")
 
 
 def _needs_gradient(tokens: Tokens, initial_state: Tensor | None) -> bool:

@@ -5,6 +5,7 @@ The oracle is the slow loop: one dialogue, one turn after the other, no padding,
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from rxlm.evaluation.answering import memory_of_own_answers, memory_of_reference
 from rxlm.evaluation.conditions import state_to_read
 from rxlm.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
 from rxlm.nn.linear_attention import LinearSelfAttention
-from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.rxt.dialogues import DialogueBatch, whole_dialogues
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.rxt.unroll import (
@@ -184,21 +184,17 @@ def test_the_gradient_of_the_last_answer_reaches_turn_one(
                 rows._replace(targets=rows.targets & (rows.place == 7)[:, None])
                 for rows in batch.answer
             )
-            seen: list[CarriedState] = []
-            carry = model.decoder.carry
-
-            def keep(cache: Any, before: Any, seen: Any = seen, carry: Any = carry) -> Any:
-                after = carry(cache, before)
-                after.states.retain_grad()
-                seen.append(after)
-                return after
-
-            model.decoder.carry = keep  # type: ignore[method-assign]
+            start = model.decoder.nothing_carried(1)
+            assert start is not None
+            start = start._replace(started=~start.started)
+            forward_turns = functools.partial(model.decoder.forward_turns, carried=start)
+            model.decoder.forward_turns = forward_turns  # type: ignore[method-assign]
+            start.states.requires_grad_()
             objective.loss(batch._replace(answer=last), 0).loss.backward()
-            del model.decoder.carry
-            gradient = seen[0].states.grad
+            del model.decoder.forward_turns
+            gradient = start.states.grad
             found = gradient is not None and bool(gradient.any())
-            assert len(seen) == 8 and found is reaches, (reads, backprop_turns)
+            assert found is reaches, (reads, backprop_turns)
 
 
 def test_joint_training_carries_what_was_said_not_what_was_hidden(tiny: Any) -> None:
