@@ -94,35 +94,38 @@ class _DecayedPairs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         first_rows, first_keys, log_decay = ctx.saved_tensors
         decay = log_decay.exp()
-        levels = _recompute(first_rows * decay.unsqueeze(1), first_keys.clone(), decay)
+        last_keys = first_keys.clone()
+        levels, last_total = _recompute(first_rows * decay.unsqueeze(1), last_keys, decay)
+        # The chunk's end: where the keys are decayed to, and what `total` decays.
+        grad_end = (grad_keys * last_keys).sum(1, keepdim=True) + (grad_total * last_total)[:, None]
         grad_rows = grad_rows.clone(memory_format=torch.contiguous_format)
         grad_keys = grad_keys.clone(memory_format=torch.contiguous_format)
         grad_matrix = grad_matrix.contiguous()
-        grad_total = grad_total.unsqueeze(1)
         for size, later_rows, earlier_keys, total in reversed(levels):
             earlier, later = total.unflatten(1, (-1, 2)).unbind(2)
             grad_cross = _below_diagonal(grad_matrix, size).movedim(-1, 2).contiguous()
             grad_later, grad_earlier = _later_rows(grad_rows, size), _earlier_keys(grad_keys, size)
-            grad_total = torch.stack(
-                [
-                    (grad_later * later_rows).sum((1, 3)) + grad_total * later,
-                    (grad_earlier * earlier_keys).sum(2) + grad_total * earlier,
-                ],
-                dim=2,
-            ).flatten(1, 2)
             grad_later.mul_(earlier[:, None, :, None]).add_(grad_cross @ earlier_keys.unsqueeze(1))
             grad_earlier.mul_(later[:, :, None]).add_((grad_cross.mT @ later_rows).sum(1))
-        grad_decay = grad_total + (grad_rows * first_rows).sum(1)
+        grad_rows.mul_(decay.unsqueeze(1))
+        # Every result is a product of a row or key and decays exp(G_i) or exp(-G_j), so the
+        # gradient of G is that of the factor beside it, times the factor; that of a single gate is
+        # the sum from its token on. The diagonal, which nothing decays, is added afterwards.
+        grad_sums = (grad_rows * first_rows).sum(1).sub_(grad_keys * first_keys)
+        grad_gates = grad_end + grad_sums.flip(1).cumsum(1).flip(1)
         grad_diagonal = grad_matrix.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         grad_keys.add_((grad_diagonal * first_rows).sum(1))
-        grad_rows.mul_(decay.unsqueeze(1)).add_(grad_diagonal * first_keys.unsqueeze(1))
-        return grad_rows, grad_keys, grad_decay.mul_(decay)
+        grad_rows.add_(grad_diagonal * first_keys.unsqueeze(1))
+        return grad_rows, grad_keys, grad_gates
 
 
 def _recompute(
     rows: Tensor, keys: Tensor, total: Tensor
-) -> list[tuple[int, Tensor, Tensor, Tensor]]:
-    """Return, for each level, the block size and the operands before the level changes them."""
+) -> tuple[list[tuple[int, Tensor, Tensor, Tensor]], Tensor]:
+    """Return, for each level, the block size and the operands before the level changes them.
+
+    And the decay of the whole chunk ``[M, K or 1]``; rows and keys are left as after all levels.
+    """
     levels = []
     size = 1
     while size < keys.shape[1]:
@@ -133,7 +136,7 @@ def _recompute(
         earlier_keys.mul_(later[:, :, None])
         total = earlier * later
         size *= 2
-    return levels
+    return levels, total.squeeze(1)
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
