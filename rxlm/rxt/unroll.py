@@ -4,7 +4,8 @@ The encoder does not depend on memory, so the turns of all dialogues are encoded
 memory is then scanned turn by turn (small tensors), and with the memory before every turn at hand
 all answers are predicted in one batch. A decoder that carries a state reads the turns in order
 instead (:func:`decode_turns`). Gradients flow through the whole scan; the one setting that cuts
-them is ``backprop_turns``.
+them is ``backprop_turns``. ``checkpoint_turns`` changes no number: what happens inside a turn is
+then not kept for the backward pass but computed again, so that long windows fit into memory.
 
 Shapes: L layers, B dialogues, N turns, R rows, T tokens, S slots, D width, V vocabulary.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from rxlm.memory.attention import MemoryAttention
 from rxlm.nn.attention import KeyValue
+from rxlm.nn.checkpointing import recompute
 from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.rxt.components import RxTDecoder, RxTEncoder
 from rxlm.rxt.dialogues import GROUPS, DialogueBatch, Rows
@@ -83,6 +85,7 @@ def scan_memory(
     encoded: EncodedTurns,
     num_turns: int,
     backprop_turns: int | None = None,
+    checkpoint_turns: bool = False,
 ) -> Tensor:
     """Write all turns into memory, one after the other.
 
@@ -92,6 +95,7 @@ def scan_memory(
         encoded: from :func:`encode_turns`.
         num_turns: N.
         backprop_turns: cut the gradient after this many writes; None = never.
+        checkpoint_turns: see the module.
 
     Returns:
         the memory before each turn and after the last, ``[L, (N + 1) * B, S, D]``, flat index
@@ -107,13 +111,20 @@ def scan_memory(
         if backprop_turns is not None and turn and turn % backprop_turns == 0:
             slots = slots.detach()
         written = KeyValue(keys[:, turn].flatten(0, 1), values[:, turn].flatten(0, 1))
-        slots = memory_attention.write(slots, written, masks[turn])
+        if checkpoint_turns:
+            slots = recompute(memory_attention.write, slots, written, masks[turn])
+        else:
+            slots = memory_attention.write(slots, written, masks[turn])
         history.append(slots)
     return torch.cat(history, dim=1)
 
 
 def decode_turns(
-    decoder: RxTDecoder, batch: DialogueBatch, read: Reader, backprop_turns: int | None = None
+    decoder: RxTDecoder,
+    batch: DialogueBatch,
+    read: Reader,
+    backprop_turns: int | None = None,
+    checkpoint_turns: bool = False,
 ) -> DecodedTurns:
     """Let a decoder that carries a state read all turns, one after the other.
 
@@ -123,6 +134,7 @@ def decode_turns(
         read: what the decoder reads at each flat turn.
         backprop_turns: cut the gradient of the carried state as :func:`scan_memory` cuts that of
             the memory; None = never.
+        checkpoint_turns: see the module.
     """
     ids, mask = _turns_in_order(batch)
     longest = ids.shape[-1]
@@ -133,13 +145,12 @@ def decode_turns(
     for turn, length in enumerate(mask.sum(dim=-1).amax(dim=-1).tolist()):
         if backprop_turns is not None and turn and turn % backprop_turns == 0:
             carried = carried.detach()
-        new, cache = decoder(
-            ids[turn, :, :length],
-            mask[turn, :, :length],
-            memory=decoder.read_memory(*read(places[turn])),
-            carried=carried,
+        turn_inputs = (ids[turn, :, :length], mask[turn, :, :length], *read(places[turn]), carried)
+        new, carried = (
+            recompute(_decode_turn, decoder, *turn_inputs)
+            if checkpoint_turns
+            else _decode_turn(decoder, *turn_inputs)
         )
-        carried = cast(CarriedState, decoder.carry(cache, carried))
         hidden.append(torch.nn.functional.pad(new, (0, 0, 0, longest - length)))
         history.append(carried)
     return DecodedTurns(
@@ -149,6 +160,20 @@ def decode_turns(
             torch.cat([item.started for item in history]),
         ),
     )
+
+
+def _decode_turn(
+    decoder: RxTDecoder,
+    ids: Tensor,
+    mask: Tensor,
+    slots: Tensor,
+    slot_mask: Tensor | None,
+    carried: CarriedState,
+) -> tuple[Tensor, CarriedState]:
+    """Read one turn; return its hidden states and what is carried on."""
+    reading = decoder.read_memory(slots, slot_mask)
+    hidden, cache = decoder(ids, mask, memory=reading, carried=carried)
+    return hidden, cast(CarriedState, decoder.carry(cache, carried))
 
 
 def _turns_in_order(batch: DialogueBatch) -> tuple[Tensor, Tensor]:
@@ -197,14 +222,15 @@ def answer_with_memory(
     batch: DialogueBatch,
     memories: Tensor,
     backprop_turns: int | None = None,
+    checkpoint_turns: bool = False,
 ) -> list[Answers]:
     """Answer every row from the memory ``[L, (N + 1) * B, S, D]`` that it names.
 
-    A decoder that carries a state reads the turns in order; ``backprop_turns`` is that of
-    :func:`decode_turns`.
+    A decoder that carries a state reads the turns in order; ``backprop_turns`` and
+    ``checkpoint_turns`` are those of :func:`decode_turns`.
     """
-
-    return _answer_all(decoder, batch, memory_reader(memories), backprop_turns)
+    read = memory_reader(memories)
+    return _answer_all(decoder, batch, read, backprop_turns, checkpoint_turns)
 
 
 def memory_reader(memories: Tensor) -> Reader:
@@ -213,13 +239,17 @@ def memory_reader(memories: Tensor) -> Reader:
 
 
 def _answer_all(
-    decoder: RxTDecoder, batch: DialogueBatch, read: Reader, backprop_turns: int | None = None
+    decoder: RxTDecoder,
+    batch: DialogueBatch,
+    read: Reader,
+    backprop_turns: int | None,
+    checkpoint_turns: bool,
 ) -> list[Answers]:
     if not batch.answer:
         return []
     if not decoder.carries_state:
         return [answer_rows(decoder, rows, *read(rows.place)) for rows in batch.answer]
-    decoded = decode_turns(decoder, batch, read, backprop_turns)
+    decoded = decode_turns(decoder, batch, read, backprop_turns, checkpoint_turns)
     return [_answer_in_order(decoder, rows, read, decoded) for rows in batch.answer]
 
 
@@ -251,11 +281,12 @@ def answer_with_history(
     batch: DialogueBatch,
     encoded: EncodedTurns,
     backprop_turns: int | None = None,
+    checkpoint_turns: bool = False,
 ) -> list[Answers]:
     """Answer every row from the raw encoder states of all *earlier* turns of its dialogue.
 
     This is the oracle that memory must match: nothing is forgotten because nothing is compressed.
-    ``backprop_turns`` is that of :func:`decode_turns`.
+    ``backprop_turns`` and ``checkpoint_turns`` are those of :func:`decode_turns`.
     """
     num_turns, batch_size = batch.num_turns, batch.num_dialogues
     states = encoded.states.unflatten(1, (num_turns, batch_size))
@@ -268,7 +299,7 @@ def answer_with_history(
         visible = mask[:, dialogue].transpose(0, 1) & earlier[..., None]
         return slots, visible.flatten(1, 2)
 
-    return _answer_all(decoder, batch, read, backprop_turns)
+    return _answer_all(decoder, batch, read, backprop_turns, checkpoint_turns)
 
 
 def exact_rows(answers: Answers) -> Tensor:
