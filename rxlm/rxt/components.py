@@ -18,6 +18,7 @@ from rxlm.errors import UserError
 from rxlm.memory.attention import HeadSettings, MemoryAttention, MemorySettings
 from rxlm.memory.gates import GateSettings
 from rxlm.nn.attention import KeyValue
+from rxlm.nn.checkpointing import recompute
 from rxlm.nn.memory_driven import MemoryCondition
 from rxlm.nn.recurrent_cache import CarriedLayer, CarriedState, RecurrentCache
 from rxlm.ops.attention import visible_keys
@@ -71,7 +72,14 @@ def _rows_of(layer: LayerCache, index: Tensor) -> LayerCache:
 
 
 class _Component(nn.Module):
-    """Embedding and layer stack that encoder and decoder share."""
+    """Embedding and layer stack that encoder and decoder share.
+
+    Attributes:
+        checkpoint_layers: whether training forgets what happens inside a layer and computes it
+            again in the backward pass: less memory, more time, the same result.
+    """
+
+    checkpoint_layers = False
 
     def __init__(
         self, config: RxTComponentConfig, *, reads_memory: bool, bidirectional: bool = False
@@ -91,6 +99,15 @@ class _Component(nn.Module):
     def load_shared_embedding(self, embedding: nn.Embedding) -> None:
         """Use ``embedding`` (the same object) in place of the own one."""
         self.embedding = embedding
+
+    def _run(self, layer: nn.Module, x: Tensor, **inputs: Any) -> tuple[Tensor, LayerCache | None]:
+        """Run a :class:`ReactiveLayer`, checkpointed if so set."""
+        result: tuple[Tensor, LayerCache | None] = (
+            recompute(layer, x, **inputs)
+            if self.checkpoint_layers and self.training
+            else layer(x, **inputs)
+        )
+        return result
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.embedding(ids) * self.config.embed_dim**0.5
@@ -128,7 +145,7 @@ class RxTEncoder(_Component):
         x = self._embed(ids)
         states = []
         for layer in self.layers:
-            x, _ = layer(x, mask=mask, phases=phases, key_mask=key_mask)
+            x, _ = self._run(layer, x, mask=mask, phases=phases, key_mask=key_mask)
             states.append(x)
         return torch.stack(states)
 
@@ -270,7 +287,8 @@ class RxTDecoder(_Component):
             )
         kept = []
         for index, layer in enumerate(self.layers):
-            x, present = layer(
+            x, present = self._run(
+                layer,
                 x,
                 mask=mask,
                 phases=phases,

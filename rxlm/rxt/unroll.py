@@ -5,6 +5,8 @@ memory is then scanned turn by turn (small tensors), and with the memory before 
 all answers are predicted in one batch. A decoder that carries a state reads every turn
 (:func:`decode_turns`), also in one batch but for the states, which follow one another. Gradients
 flow through the whole scan; the one setting that cuts them is ``backprop_turns``.
+``checkpoint_turns`` changes no result: what happens inside a turn is then not kept for the backward
+pass but computed again, one turn at a time, so that long windows fit into memory.
 
 Shapes: L layers, B dialogues, N turns, R rows, T tokens, S slots, D width, V vocabulary.
 """
@@ -12,13 +14,14 @@ Shapes: L layers, B dialogues, N turns, R rows, T tokens, S slots, D width, V vo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from rxlm.memory.attention import MemoryAttention
 from rxlm.nn.attention import KeyValue
+from rxlm.nn.checkpointing import recompute
 from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.rxt.components import RxTDecoder, RxTEncoder
 from rxlm.rxt.dialogues import GROUPS, DialogueBatch, Rows
@@ -83,6 +86,7 @@ def scan_memory(
     encoded: EncodedTurns,
     num_turns: int,
     backprop_turns: int | None = None,
+    checkpoint_turns: bool = False,
 ) -> Tensor:
     """Write all turns into memory, one after the other.
 
@@ -92,6 +96,7 @@ def scan_memory(
         encoded: from :func:`encode_turns`.
         num_turns: N.
         backprop_turns: cut the gradient after this many writes; None = never.
+        checkpoint_turns: see the module.
 
     Returns:
         the memory before each turn and after the last, ``[L, (N + 1) * B, S, D]``, flat index
@@ -107,13 +112,20 @@ def scan_memory(
         if backprop_turns is not None and turn and turn % backprop_turns == 0:
             slots = slots.detach()
         written = KeyValue(keys[:, turn].flatten(0, 1), values[:, turn].flatten(0, 1))
-        slots = memory_attention.write(slots, written, masks[turn])
+        if checkpoint_turns:
+            slots = recompute(memory_attention.write, slots, written, masks[turn])
+        else:
+            slots = memory_attention.write(slots, written, masks[turn])
         history.append(slots)
     return torch.cat(history, dim=1)
 
 
 def decode_turns(
-    decoder: RxTDecoder, batch: DialogueBatch, read: Reader, backprop_turns: int | None = None
+    decoder: RxTDecoder,
+    batch: DialogueBatch,
+    read: Reader,
+    backprop_turns: int | None = None,
+    checkpoint_turns: bool = False,
 ) -> DecodedTurns:
     """Let a decoder that carries a state read all turns.
 
@@ -123,17 +135,63 @@ def decode_turns(
         read: what the decoder reads at each flat turn.
         backprop_turns: cut the gradient of the carried state as :func:`scan_memory` cuts that of
             the memory; None = never.
+        checkpoint_turns: see the module.
     """
     ids, mask = _turns_in_order(batch)
-    places = torch.arange(len(ids), device=ids.device)
+    if checkpoint_turns:
+        return _decode_turn_by_turn(decoder, batch, ids, mask, read, backprop_turns)
     hidden, carried = decoder.forward_turns(
         ids,
         mask,
         batch.num_turns,
-        memory=decoder.read_memory(*read(places)),
+        memory=decoder.read_memory(*read(torch.arange(len(ids), device=ids.device))),
         backprop_turns=backprop_turns,
     )
     return DecodedTurns(hidden, carried)
+
+
+def _decode_turn_by_turn(
+    decoder: RxTDecoder,
+    batch: DialogueBatch,
+    ids: Tensor,
+    mask: Tensor,
+    read: Reader,
+    backprop_turns: int | None,
+) -> DecodedTurns:
+    """Do what :func:`decode_turns` does while keeping no more than the states between turns."""
+    longest, shape = ids.shape[-1], (batch.num_turns, batch.num_dialogues)
+    ids, mask = ids.unflatten(0, shape), mask.unflatten(0, shape)
+    places = torch.arange(shape[0] * shape[1], device=ids.device).view(shape)
+    carried = cast(CarriedState, decoder.nothing_carried(batch.num_dialogues))
+    hidden, history = [], [carried]
+    for turn, length in enumerate(mask.sum(dim=-1).amax(dim=-1).tolist()):
+        if backprop_turns is not None and turn and turn % backprop_turns == 0:
+            carried = carried.detach()
+        turn_inputs = (ids[turn, :, :length], mask[turn, :, :length], *read(places[turn]), carried)
+        new, carried = recompute(_decode_turn, decoder, *turn_inputs)
+        hidden.append(torch.nn.functional.pad(new, (0, 0, 0, longest - length)))
+        history.append(carried)
+    return DecodedTurns(
+        torch.cat(hidden),
+        CarriedState(
+            torch.cat([item.states for item in history], dim=1),
+            torch.cat([item.started for item in history]),
+        ),
+    )
+
+
+def _decode_turn(
+    decoder: RxTDecoder,
+    ids: Tensor,
+    mask: Tensor,
+    slots: Tensor,
+    slot_mask: Tensor | None,
+    carried: CarriedState,
+) -> tuple[Tensor, CarriedState]:
+    """Read one turn; return its hidden states and what is carried on."""
+    reading = decoder.read_memory(slots, slot_mask)
+    hidden, cache = decoder(ids, mask, memory=reading, carried=carried)
+    return hidden, cast(CarriedState, decoder.carry(cache, carried))
 
 
 def _turns_in_order(batch: DialogueBatch) -> tuple[Tensor, Tensor]:
@@ -181,14 +239,15 @@ def answer_with_memory(
     batch: DialogueBatch,
     memories: Tensor,
     backprop_turns: int | None = None,
+    checkpoint_turns: bool = False,
 ) -> list[Answers]:
     """Answer every row from the memory ``[L, (N + 1) * B, S, D]`` that it names.
 
-    A decoder that carries a state reads the turns in order; ``backprop_turns`` is that of
-    :func:`decode_turns`.
+    A decoder that carries a state reads the turns in order; ``backprop_turns`` and
+    ``checkpoint_turns`` are those of :func:`decode_turns`.
     """
-
-    return _answer_all(decoder, batch, memory_reader(memories), backprop_turns)
+    read = memory_reader(memories)
+    return _answer_all(decoder, batch, read, backprop_turns, checkpoint_turns)
 
 
 def memory_reader(memories: Tensor) -> Reader:
@@ -197,13 +256,17 @@ def memory_reader(memories: Tensor) -> Reader:
 
 
 def _answer_all(
-    decoder: RxTDecoder, batch: DialogueBatch, read: Reader, backprop_turns: int | None = None
+    decoder: RxTDecoder,
+    batch: DialogueBatch,
+    read: Reader,
+    backprop_turns: int | None,
+    checkpoint_turns: bool,
 ) -> list[Answers]:
     if not batch.answer:
         return []
     if not decoder.carries_state:
         return [answer_rows(decoder, rows, *read(rows.place)) for rows in batch.answer]
-    decoded = decode_turns(decoder, batch, read, backprop_turns)
+    decoded = decode_turns(decoder, batch, read, backprop_turns, checkpoint_turns)
     return [_answer_in_order(decoder, rows, read, decoded) for rows in batch.answer]
 
 
@@ -235,11 +298,12 @@ def answer_with_history(
     batch: DialogueBatch,
     encoded: EncodedTurns,
     backprop_turns: int | None = None,
+    checkpoint_turns: bool = False,
 ) -> list[Answers]:
     """Answer every row from the raw encoder states of all *earlier* turns of its dialogue.
 
     This is the oracle that memory must match: nothing is forgotten because nothing is compressed.
-    ``backprop_turns`` is that of :func:`decode_turns`.
+    ``backprop_turns`` and ``checkpoint_turns`` are those of :func:`decode_turns`.
     """
     num_turns, batch_size = batch.num_turns, batch.num_dialogues
     states = encoded.states.unflatten(1, (num_turns, batch_size))
@@ -252,7 +316,7 @@ def answer_with_history(
         visible = mask[:, dialogue].transpose(0, 1) & earlier[..., None]
         return slots, visible.flatten(1, 2)
 
-    return _answer_all(decoder, batch, read, backprop_turns)
+    return _answer_all(decoder, batch, read, backprop_turns, checkpoint_turns)
 
 
 def exact_rows(answers: Answers) -> Tensor:

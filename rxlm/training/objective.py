@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from rxlm.errors import UserError
 from rxlm.training.optim import decay_groups
 from rxlm.training.settings import TrainSettings
 
@@ -127,6 +128,17 @@ class Objective(abc.ABC):
         learning rate of the schedule. The default is :func:`~rxlm.training.optim.decay_groups`.
         """
         return decay_groups(self.trained_modules(), settings.weight_decay)
+
+    def set_gradient_checkpointing(self, *, layers: bool, turns: bool) -> None:
+        """Compute the inside of layers, of turns, or of both again in the backward pass.
+
+        Raises:
+            UserError: when this stage does not know how.
+        """
+        if layers or turns:
+            raise UserError(
+                f"gradient_checkpointing: stage {self.name} does not offer it; set it to none."
+            )
 
     def set_training_mode(self) -> None:
         """Put the modules into the mode in which they train (default: all in training mode)."""

@@ -36,8 +36,11 @@ PREVIOUS = "previous"
 _NUMBERED = re.compile(r"\d+_.+\.ya?ml\Z")
 _SIZES_OF_MEMORY = ("num_layers", "embed_dim", "att_heads", "stm_size", "seq_len")
 _NO_EFFECT_ON_RESULT = frozenset(
-    {"device", "threads", "prefetch", "log_every", "save_every", "keep_last", "tensorboard"}
-)
+    {
+        "device", "threads", "prefetch", "gradient_checkpointing", "strategy", "deepspeed",
+        "log_every", "save_every", "keep_last", "tensorboard",
+    }
+)  # fmt: skip
 
 
 class ModelSection(Config):

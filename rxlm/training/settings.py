@@ -46,6 +46,9 @@ class TrainSettings(Config):
     """Micro-batches per update; they are weighted by their targets."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16`` runs the forward pass under autocast; weights stay fp32."""
+    gradient_checkpointing: Literal["none", "layers", "turns", "both"] = "none"
+    """What is computed again in the backward pass to save memory: what happens inside each layer,
+    inside each turn (memory writes; turns of a decoder that carries a state), or both."""
     device: str = "auto"
     """``auto`` (CUDA if there is one, else CPU), ``cpu``, ``cuda``, ``cuda:1``, ..."""
     threads: int | None = Field(default=None, gt=0)

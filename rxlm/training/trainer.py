@@ -81,6 +81,10 @@ class Trainer:
             UserError: when the device is not there or nothing is trainable.
         """
         device = resolve_device(settings.device)
+        objective.set_gradient_checkpointing(
+            layers=settings.gradient_checkpointing in ("layers", "both"),
+            turns=settings.gradient_checkpointing in ("turns", "both"),
+        )
         module = objective.trained_modules().to(device)
         optimizer = build_optimizer(module, objective.parameter_groups(settings), settings)
         self._parts = RunParts(objective, settings, run, device, module, optimizer)

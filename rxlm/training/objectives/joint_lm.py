@@ -16,6 +16,7 @@ M target tokens, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Literal, NamedTuple
 
@@ -34,6 +35,8 @@ from rxlm.training.objectives.masked_lm import MaskReplacement, MLMHead, TokenMa
 from rxlm.training.objectives.model_objective import ModelObjective
 from rxlm.training.objectives.row_windows import TextRows, batch_windows, conversation_rows
 from rxlm.training.rng import derive_generator, derive_seed
+
+logger = logging.getLogger(__name__)
 
 
 class JointLMSettings(Config):
@@ -123,6 +126,17 @@ class JointLMObjective(ModelObjective):
             turns.tokenizer, settings.mask_probability, settings.mask_replacement
         )
 
+    def set_gradient_checkpointing(self, *, layers: bool, turns: bool) -> None:
+        """As for every stage; there are turns here only if a decoder carries a state."""
+        in_turns = self.model.decoder.carries_state and self.settings.context == "previous"
+        if turns and not in_turns:
+            logger.warning(
+                "gradient_checkpointing of turns has no effect in stage %s: there is no memory, "
+                "and no state is carried from turn to turn",
+                self.name,
+            )
+        super().set_gradient_checkpointing(layers=layers, turns=turns)
+
     def batch(self, step: int, micro_step: int) -> JointBatch:
         """Return the batch of a step: a pure function of seed, step and micro-step."""
         first = (step * self.accumulation + micro_step) * self.settings.dialogues
@@ -200,7 +214,12 @@ class JointLMObjective(ModelObjective):
                 rows._replace(ids=ids)
                 for rows, ids in zip(batch.dialogues.encode, batch.labels, strict=True)
             )
-            return answer_with_history(decoder, batch.dialogues._replace(encode=told), context)
+            return answer_with_history(
+                decoder,
+                batch.dialogues._replace(encode=told),
+                context,
+                checkpoint_turns=self.checkpoint_turns,
+            )
         answers = []
         for rows in batch.dialogues.answer:
             length = rows.ids.shape[1]

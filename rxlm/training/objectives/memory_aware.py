@@ -164,7 +164,11 @@ class MemoryAwareObjective(ModelObjective):
         encoded = encode_turns(self.model.encoder, batch)
         if phase.reads == "history":
             return answer_with_history(
-                self.model.decoder, batch, encoded, self.settings.backprop_turns
+                self.model.decoder,
+                batch,
+                encoded,
+                self.settings.backprop_turns,
+                self.checkpoint_turns,
             )
         memories = scan_memory(
             self.model.memory_attention,
@@ -172,8 +176,15 @@ class MemoryAwareObjective(ModelObjective):
             encoded,
             batch.num_turns,
             self.settings.backprop_turns,
+            self.checkpoint_turns,
         )
-        return answer_with_memory(self.model.decoder, batch, memories, self.settings.backprop_turns)
+        return answer_with_memory(
+            self.model.decoder,
+            batch,
+            memories,
+            self.settings.backprop_turns,
+            self.checkpoint_turns,
+        )
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Let the curriculum see the accuracy of the step."""

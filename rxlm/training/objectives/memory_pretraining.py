@@ -129,6 +129,7 @@ class MemoryPretrainingObjective(ModelObjective):
             encoded,
             batch.num_turns,
             self.settings.backprop_turns,
+            self.checkpoint_turns,
         )
         # Flat memories m * B + b: all but the last turn's are "before", all but the first "after".
         before = memories[:, : -batch.num_dialogues].detach()

@@ -62,6 +62,7 @@ class ModelObjective(Objective):
         self.tokenizer = tokenizer
         self.trains = tuple(trains)
         self.extra_modules = dict(extra_modules or {})
+        self.checkpoint_turns = False
         self._trained: nn.Module = model
         if self.extra_modules:
             self._trained = nn.ModuleDict({"model": model, **self.extra_modules})
@@ -79,6 +80,12 @@ class ModelObjective(Objective):
         self._trained.train()
         for name in COMPONENTS:
             getattr(self.model, name).train(name in self.trains)
+
+    def set_gradient_checkpointing(self, *, layers: bool, turns: bool) -> None:
+        """Set it in the components that train; see :mod:`rxlm.rxt.unroll` for turns."""
+        for component in (self.model.encoder, self.model.decoder):
+            component.checkpoint_layers = layers
+        self.checkpoint_turns = turns
 
     def to_device(self, batch: Any) -> Any:
         """Return ``batch`` with all its tensors moved to where the model is."""
