@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import typer
 from rxlm.cli import console
 from rxlm.cli.evaluate import print_tables, work_progress
 from rxlm.cli.train import stop
+from rxlm.errors import UserError
 
 if TYPE_CHECKING:
     from rxlm.training.pipeline import PlannedStage
@@ -64,6 +66,11 @@ def run(
     """
     from rxlm.training.pipeline import plan_pipeline, run_pipeline
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "pipeline run works in one process. Under torchrun, train one stage after the other: "
+            "torchrun --nproc-per-node 2 -m rxlm train RECIPE"
+        )
     root = out or Path("runs", recipes.resolve().name)
     planned = plan_pipeline(recipes, root, overrides or [], stop_after=stop_after, redo=redo)
     words = ["rxlm", "pipeline", "run", str(recipes), *(overrides or []), "--out", str(root)]

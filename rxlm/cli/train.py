@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +51,8 @@ def train(
         _print_dry_run(report, folder)
         return
     result = run_stage(stage, folder, console.messages())
+    if os.environ.get("RANK", "0") != "0":
+        return  # process 0 of a run of several tells what there is to tell
     if result.signal is not None:
         again = " ".join(["rxlm train", str(recipe), *(overrides or [])])
         again += f" --out {out}" if out else ""

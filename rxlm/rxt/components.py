@@ -285,7 +285,7 @@ class RxTDecoder(_Component):
                 "memory is empty, but this decoder reads one: make it with read_memory(slots), or "
                 "give None to decode without memory."
             )
-        kept = []
+        kept: list[LayerCache] = []
         for index, layer in enumerate(self.layers):
             x, present = self._run(
                 layer,
@@ -299,7 +299,7 @@ class RxTDecoder(_Component):
                 condition=memory.conditions[index] if memory and memory.conditions else None,
                 carried=carried_layers.get(index),
             )
-            kept.append(present)
+            kept.append(cast(LayerCache, present))
         lengths = start + counts[:, -1] if ids.shape[1] else start
         return self.head_norm(x), DecodeCache(tuple(kept), all_keys, lengths)
 

@@ -191,6 +191,37 @@ def dialogue_batch(
     )
 
 
+def select_dialogues(batch: DialogueBatch, first: int, count: int) -> DialogueBatch:
+    """Return a batch of ``count`` dialogues of ``batch`` from number ``first`` on, unchanged.
+
+    Every dialogue reads and writes what it did, and starts from the memory that it did.
+    """
+    encode, answer = (
+        tuple(part for part in (_of(rows, batch, first, count) for rows in bucket) if len(part.ids))
+        for bucket in (batch.encode, batch.answer)
+    )
+    return DialogueBatch(
+        encode=encode,
+        answer=answer,
+        num_dialogues=count,
+        num_turns=max(int(rows.place.max()) for rows in encode) // count + 1,
+        num_tokens=sum(int(rows.mask.sum()) for rows in (*encode, *answer)),
+        memory_seed=batch.memory_seed + first,
+    )
+
+
+def rows_of_dialogues(rows: Rows, batch: DialogueBatch, first: int, count: int) -> Tensor:
+    """Return bool ``[R]``: which rows of a bucket :func:`select_dialogues` keeps."""
+    dialogue = rows.place % batch.num_dialogues
+    return (dialogue >= first) & (dialogue < first + count)
+
+
+def _of(rows: Rows, batch: DialogueBatch, first: int, count: int) -> Rows:
+    kept = Rows(*(part[rows_of_dialogues(rows, batch, first, count)] for part in rows))
+    turn, dialogue = kept.place // batch.num_dialogues, kept.place % batch.num_dialogues
+    return kept._replace(place=turn * count + dialogue - first)
+
+
 def whole_dialogues(
     conversations: Sequence[Conversation], encoder: TurnEncoder, *, num_buckets: int = 3
 ) -> DialogueBatch:

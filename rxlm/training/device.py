@@ -13,12 +13,18 @@ from torch import Tensor
 from rxlm.errors import UserError
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     """Return the device that a setting names; ``auto`` is CUDA if there is one, else the CPU.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        local_rank: of one of several processes; each takes the CUDA device of that index.
 
     Raises:
         UserError: for a name that torch does not know or a CUDA device that is not there.
     """
+    if local_rank is not None and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{local_rank}"
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -90,14 +90,8 @@ class TrainingLoop:
         parts, before = self._parts, self.state
         rate = learning_rate(self._settings, before.step)
         set_learning_rate(parts.optimizer, rate)
-        outcome = run_update(
-            parts.objective,
-            parts.optimizer,
-            self._loader.step_batches(before.step),
-            before.step,
-            self._settings,
-            parts.device,
-        )
+        batches = self._loader.step_batches(before.step)
+        outcome = run_update(parts.strategy, batches, before.step, parts.device)
         if outcome.problem is None:
             self._window.add(outcome.metrics, outcome.num_targets)
             parts.objective.after_step(before.step, outcome.metrics)
@@ -154,12 +148,16 @@ class TrainingLoop:
         parts, settings, step = self._parts, self._settings, self.state.step
         seed = derive_seed(settings.seed, "validation")
         parts.module.eval()
+        # Every process measures the same: none would have anything else to do, and weights that
+        # are cut up are needed from all. The numbers of process 0 count.
         with (
             isolated_random_state(seed),
             torch.no_grad(),
             autocast(parts.device, settings.precision),
+            parts.strategy.whole_weights(),
         ):
             metrics = {name: float(value) for name, value in parts.objective.validate().items()}
+        metrics = parts.world.broadcast(metrics)
         parts.objective.set_training_mode()
         if not metrics:
             return False
@@ -209,4 +207,8 @@ class TrainingLoop:
         patience = self._settings.early_stop_patience
         if patience is not None and self.state.validations_since_best >= patience:
             return "early_stopped"
-        return "interrupted" if self._stop.signal is not None else None
+        # All processes stop at the same step, whichever of them got the signal.
+        signals = [item for item in self._parts.world.gather(self._stop.signal) if item is not None]
+        if signals and self._stop.signal is None:
+            self._stop.signal = signals[0]
+        return "interrupted" if signals else None

@@ -47,20 +47,26 @@ class MetricWindow:
 class MetricSinks:
     """Writes every metrics line to ``metrics.jsonl`` and, when asked to, to TensorBoard."""
 
-    def __init__(self, path: Path, tensorboard: Path | None, after_step: int) -> None:
+    def __init__(self, path: Path | None, tensorboard: Path | None, after_step: int) -> None:
         """Open the sinks.
 
         Args:
-            path: the JSONL file; lines after ``after_step`` are cut off.
+            path: the JSONL file; lines after ``after_step`` are cut off. None: nothing is written
+                (another process of the run does).
             tensorboard: folder of the event files, or ``None``.
             after_step: number of updates that were made before; events after it are superseded.
         """
-        truncate_metrics(path, after_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._writer = _open_tensorboard(tensorboard, after_step) if tensorboard else None
+        self._file = None
+        self._writer = None
+        if path is not None:
+            truncate_metrics(path, after_step)
+            self._file = path.open("a", encoding="utf-8")
+            self._writer = _open_tensorboard(tensorboard, after_step) if tensorboard else None
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Write one line; numbers that JSON cannot hold (NaN, infinities) become ``null``."""
+        if self._file is None:
+            return
         record = {"kind": kind, "step": step, **values}
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -74,13 +80,15 @@ class MetricSinks:
 
     def sync(self) -> None:
         """Force everything to disk: a checkpoint relies on the lines before it."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
         """Close both sinks."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 

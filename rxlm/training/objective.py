@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -26,9 +27,11 @@ class StepOutput(NamedTuple):
     num_targets: int
     """Weight of this micro-batch in the accumulated gradient; 0 = nothing to learn here."""
     metrics: Mapping[str, Tensor | float]
-    """Scalars, averaged with the same weights. NaN means: not measured in this micro-batch."""
+    """Scalars, averaged over micro-batches. NaN means: not measured in this micro-batch."""
     num_tokens: int
     """Tokens processed, for tokens per second."""
+    weights: Mapping[str, float] = MappingProxyType({})
+    """Weight of a metric in that average, where it is not ``num_targets``."""
 
 
 class Objective(abc.ABC):
@@ -66,6 +69,29 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def loss(self, batch: Any, step: int) -> StepOutput:
         """Run the forward pass of one micro-batch (the Trainer does the backward pass)."""
+
+    def shard(self, batch: Any, rank: int, size: int) -> Any:
+        """Return the part of a micro-batch that process ``rank`` of ``size`` computes, on the CPU.
+
+        The losses of the parts, weighted by their targets, must make that of the whole.
+
+        Raises:
+            UserError: when the micro-batch cannot be cut.
+        """
+        raise UserError(
+            f"stage {self.name} cannot cut a micro-batch into {size} parts: set train.accumulation "
+            f"to a multiple of the number of processes, {size}."
+        )
+
+    def count_targets(self, batch: Any) -> int:
+        """Return the ``num_targets`` that :meth:`loss` will report (DeepSpeed asks beforehand).
+
+        Raises:
+            UserError: when that is not known.
+        """
+        raise UserError(
+            f"strategy=deepspeed: stage {self.name} cannot count targets in advance; use ddp."
+        )
 
     @abc.abstractmethod
     def save_model(self, directory: Path) -> None:

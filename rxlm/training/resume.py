@@ -17,13 +17,17 @@ from torch import nn
 
 from rxlm.errors import UserError
 from rxlm.training.checkpoint import Score, remove_surplus, save_checkpoint
+from rxlm.training.distributed.strategy import Strategy
+from rxlm.training.distributed.world import World
 from rxlm.training.objective import Objective
-from rxlm.training.optim import load_optimizer_tensors, optimizer_tensors, trainable_parameters
+from rxlm.training.optim import trainable_parameters
 from rxlm.training.recipe import diff_mappings, fingerprint
 from rxlm.training.rng import (
     capture_random_state,
     isolated_random_state,
+    process_seed,
     restore_random_state,
+    seed_everything,
 )
 from rxlm.training.run_folder import RunFolder, RunStatus
 from rxlm.training.settings import TrainSettings
@@ -46,10 +50,18 @@ class RunParts(NamedTuple):
     device: torch.device
     module: nn.Module
     optimizer: torch.optim.Optimizer
+    strategy: Strategy
+
+    @property
+    def world(self) -> World:
+        """The processes of the run."""
+        return self.strategy.world
 
 
 def save_run(parts: RunParts, state: TrainingState) -> Path:
     """Write a checkpoint of ``state`` and delete those that are no longer kept.
+
+    Called in every process; process 0 writes.
 
     Returns:
         The complete checkpoint folder.
@@ -57,17 +69,28 @@ def save_run(parts: RunParts, state: TrainingState) -> Path:
     Raises:
         RunError: when the disk refuses.
     """
-    settings = parts.settings
+    random_states = parts.world.gather(capture_random_state())
     snapshot = Snapshot(
         state=state,
-        optimizer=optimizer_tensors(parts.module, parts.optimizer),
-        random_state=capture_random_state(),
+        optimizer=parts.strategy.optimizer_tensors(),
+        random_states=random_states,
         objective=parts.objective.state_dict(),
         architecture=as_json(parts.objective.architecture()),
-        settings=as_json(settings.model_dump()),
+        settings=as_json(parts.settings.model_dump()),
         trained=sorted(trainable_parameters(parts.module)),
         config_fingerprint=fingerprint(parts.run.config),
     )
+
+    with parts.strategy.whole_weights():
+        path = _write(parts, state, snapshot) if parts.world.is_main else None
+    # The others go on when the files are there.
+    saved = parts.world.broadcast(path)
+    assert saved is not None, "process 0 has written it"
+    return saved
+
+
+def _write(parts: RunParts, state: TrainingState, snapshot: Snapshot) -> Path:
+    settings = parts.settings
 
     def write(directory: Path) -> None:
         parts.objective.save_model(directory)
@@ -110,9 +133,16 @@ def restore_run(parts: RunParts, checkpoint: Path) -> TrainingState:
         logger.warning("what trains has changed: new %s, no longer %s", fresh, stopped)
     parts.objective.load_model_weights(checkpoint)
     parts.objective.load_state_dict(snapshot.objective)
-    load_optimizer_tensors(parts.module, parts.optimizer, snapshot.optimizer)
+    parts.strategy.start()
+    parts.strategy.load_optimizer_tensors(snapshot.optimizer)
     # Last, since what comes before may draw random numbers.
-    restore_random_state(snapshot.random_state)
+    rank, before = parts.world.rank, len(snapshot.random_states)
+    if parts.world.size != before:
+        logger.info("the run had %d processes and goes on in %d", before, parts.world.size)
+    if rank < before:
+        restore_random_state(snapshot.random_states[rank])
+    else:
+        seed_everything(process_seed(parts.settings.seed, rank, snapshot.state.step))
     return _adapt_best(parts.settings, snapshot.state)
 
 

@@ -40,6 +40,11 @@ def derive_generator(seed: int, *parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, *parts))
 
 
+def process_seed(seed: int, rank: int, *parts: int | str) -> int:
+    """Return the seed of a process's own global generators; process 0 uses the run's seed."""
+    return derive_seed(seed, "process", rank, *parts) if rank or parts else seed
+
+
 def seed_everything(seed: int) -> None:
     """Seed all global generators."""
     random.seed(seed)

@@ -69,9 +69,13 @@ class RunFolder:
     stage: str
     config: Mapping[str, Any]
     """The resolved recipe, JSON-like values."""
+    writes: bool = True
+    """Whether this process writes; of several that share a run, one does."""
 
     @classmethod
-    def open(cls, path: str | Path, stage: str, config: Mapping[str, Any]) -> RunFolder:
+    def open(
+        cls, path: str | Path, stage: str, config: Mapping[str, Any], *, writes: bool = True
+    ) -> RunFolder:
         """Create the folder, or take one of the same stage for resuming.
 
         Nothing but ``run.json`` is written: whether the recipe may continue what is there is
@@ -80,7 +84,9 @@ class RunFolder:
         Raises:
             UserError: when the folder holds something else, or a run of another stage.
         """
-        folder = cls(Path(path), stage, config)
+        folder = cls(Path(path), stage, config, writes)
+        if not writes:
+            return folder
         if folder.path.exists() and not folder.path.is_dir():
             raise UserError(f"{path} is a file; give a folder for the run.")
         try:
@@ -122,10 +128,15 @@ class RunFolder:
 
     def write_status(self, status: RunStatus) -> None:
         """Replace ``run.json`` atomically."""
-        write_atomically(self.path / STATUS_FILE, json.dumps(status.model_dump(), indent=2) + "\n")
+        if self.writes:
+            write_atomically(
+                self.path / STATUS_FILE, json.dumps(status.model_dump(), indent=2) + "\n"
+            )
 
     def write_config(self) -> None:
         """Write the resolved recipe to ``config.yaml`` and log how it differs from the last one."""
+        if not self.writes:
+            return
         path = self.path / "config.yaml"
         if path.exists():
             for line in diff_mappings(load_mapping(path), _json_values(self.config)):
@@ -137,6 +148,8 @@ class RunFolder:
 
     def write_environment(self, device: str, num_threads: int) -> None:
         """Write ``env.json`` and log how the environment differs from that of the last start."""
+        if not self.writes:
+            return
         path = self.path / "env.json"
         environment = describe_environment(device, num_threads)
         if path.exists():

@@ -51,6 +51,11 @@ class TrainSettings(Config):
     inside each turn (memory writes; turns of a decoder that carries a state), or both."""
     device: str = "auto"
     """``auto`` (CUDA if there is one, else CPU), ``cpu``, ``cuda``, ``cuda:1``, ..."""
+    strategy: Literal["auto", "ddp", "deepspeed"] = "auto"
+    """How the processes of `torchrun` share an update: `ddp`, or `deepspeed` (cuts optimizer state,
+    gradients or weights up); `auto`: `ddp` if there are several processes."""
+    deepspeed: str | None = None
+    """Configuration file of DeepSpeed (see stages/deepspeed), with `strategy: deepspeed`."""
     threads: int | None = Field(default=None, gt=0)
     """CPU threads of torch; ``null`` leaves torch's choice."""
     prefetch: int = Field(default=1, ge=0)
@@ -81,6 +86,12 @@ class TrainSettings(Config):
     def _check(self) -> TrainSettings:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise UserError(f"betas={self.betas}: both must be in [0, 1), such as [0.9, 0.95].")
+        if (self.strategy == "deepspeed") != (self.deepspeed is not None):
+            raise UserError(
+                f"strategy={self.strategy} with deepspeed={self.deepspeed}: strategy: deepspeed "
+                "needs a file, such as deepspeed: stages/deepspeed/zero2.json, and no other "
+                "strategy reads one."
+            )
         if self.early_stop_patience is not None and self.validate_every is None:
             raise UserError(
                 f"early_stop_patience={self.early_stop_patience} counts validations, but "

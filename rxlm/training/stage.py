@@ -19,6 +19,7 @@ from rxlm.rxt.model_folder import resolve_model_dir
 from rxlm.tokenization.storage import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from rxlm.training.build import StageInputs, build_model, build_objective
 from rxlm.training.checkpoint import find_latest
+from rxlm.training.distributed.world import World, open_world
 from rxlm.training.recipe import diff_mappings, fingerprint, load_mapping
 from rxlm.training.recipes import (
     PREVIOUS,
@@ -64,6 +65,8 @@ def default_run_folder(stage: StageFile) -> Path:
 def run_stage(stage: StageFile, folder: Path, console: Console | None = None) -> StageResult:
     """Train one stage into ``folder``, or go on with what is there.
 
+    Called in every process that ``torchrun`` started; they share the work, process 0 writes.
+
     Args:
         stage: the recipe.
         folder: the run folder; its parent holds those of the other recipes.
@@ -73,9 +76,18 @@ def run_stage(stage: StageFile, folder: Path, console: Console | None = None) ->
         UserError: when an input is missing or something does not fit.
         RunError: when the run fails.
     """
+    with open_world() as world:
+        return _run_stage(stage, folder, console, world)
+
+
+def _run_stage(
+    stage: StageFile, folder: Path, console: Console | None, world: World
+) -> StageResult:
     recipe = stage.recipe
     values = recipe_values(recipe)
     if isinstance(recipe, TokenizerRecipe):
+        if world.size > 1:
+            raise UserError("stage tokenizer runs in one process: start it without torchrun.")
         run = RunFolder.open(folder, recipe.stage, values)
         done = run.read_status()
         if done is None or done.status not in FINISHED or changes(stage, folder):
@@ -86,8 +98,10 @@ def run_stage(stage: StageFile, folder: Path, console: Console | None = None) ->
     model = build_model(recipe, inputs)
     tokenizer = model.require_tokenizer()
     objective = build_objective(recipe, model, tokenizer, inputs.model_folder)
-    run = RunFolder.open(folder, recipe.stage, values)
-    if find_latest(folder) is None:
+    run = RunFolder.open(folder, recipe.stage, values, writes=world.is_main)
+    # Nobody goes on before all have seen the folder as it was.
+    world.wait()
+    if world.is_main and find_latest(folder) is None:
         write_inputs(stage, folder, tokenizer.fingerprint)
     result = Trainer(objective, recipe.train, run, console).train()
     return StageResult(

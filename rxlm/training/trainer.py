@@ -18,14 +18,18 @@ from rich.console import Console
 from rxlm.errors import RunError, UserError
 from rxlm.training.checkpoint import clean_leftovers, find_latest
 from rxlm.training.device import cpu_threads, resolve_device
+from rxlm.training.distributed.sharding import local_batches, num_local_micro_batches
+from rxlm.training.distributed.strategy import DataParallel, Strategy
+from rxlm.training.distributed.world import World, current_world
+from rxlm.training.distributed.zero import ZeRO, read_deepspeed_file, require_deepspeed
 from rxlm.training.loop import Ending, TrainingLoop
 from rxlm.training.metrics import MetricSinks
 from rxlm.training.objective import Objective
 from rxlm.training.optim import build_optimizer, trainable_parameters
 from rxlm.training.prefetch import BatchLoader
-from rxlm.training.progress import open_progress
+from rxlm.training.progress import PlainProgress, open_progress
 from rxlm.training.resume import RunParts, restore_run, result_metrics, write_run_status
-from rxlm.training.rng import seed_everything
+from rxlm.training.rng import process_seed, seed_everything
 from rxlm.training.run_folder import RunFolder
 from rxlm.training.settings import TrainSettings
 from rxlm.training.signals import StopRequest
@@ -51,6 +55,32 @@ class TrainResult(NamedTuple):
     """Over all starts of the run."""
     signal: int | None = None
     """The signal that interrupted the run (exit status of a command: 128 + signal)."""
+
+
+def make_strategy(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainSettings,
+    device: torch.device,
+    world: World,
+) -> Strategy:
+    """Return how the processes of the run share their updates.
+
+    Raises:
+        UserError: when DeepSpeed is asked for and is not installed, or its file is not valid.
+    """
+    kind: type[Strategy] = DataParallel if world.size > 1 else Strategy
+    if settings.strategy == "deepspeed":
+        if world.size == 1:
+            raise UserError(
+                "strategy=deepspeed shares a run between processes, and there is one: start it "
+                "with `torchrun --nproc-per-node 2 -m rxlm train ...`, or use strategy=auto."
+            )
+        require_deepspeed()
+        assert settings.deepspeed is not None, "checked by TrainSettings"
+        read_deepspeed_file(settings.deepspeed)
+        kind = ZeRO
+    return kind(objective, optimizer, settings, device, world)
 
 
 class Trainer:
@@ -80,14 +110,19 @@ class Trainer:
         Raises:
             UserError: when the device is not there or nothing is trainable.
         """
-        device = resolve_device(settings.device)
+        world = current_world()
+        device = resolve_device(settings.device, world.local_rank if world.size > 1 else None)
         objective.set_gradient_checkpointing(
             layers=settings.gradient_checkpointing in ("layers", "both"),
             turns=settings.gradient_checkpointing in ("turns", "both"),
         )
         module = objective.trained_modules().to(device)
         optimizer = build_optimizer(module, objective.parameter_groups(settings), settings)
-        self._parts = RunParts(objective, settings, run, device, module, optimizer)
+        strategy = make_strategy(objective, optimizer, settings, device, world)
+        self._parts = RunParts(objective, settings, run, device, module, optimizer, strategy)
+        # Counted now: some strategies cut parameters up.
+        self._num_trained = sum(item.numel() for item in trainable_parameters(module).values())
+        self._num_parameters = sum(item.numel() for item in module.parameters())
         self._console = console
 
     def train(self) -> TrainResult:
@@ -110,13 +145,24 @@ class Trainer:
             stack.enter_context(cpu_threads(settings.threads))
             stop = stack.enter_context(StopRequest())
             state = self._begin()
+            world = parts.world
             tensorboard = parts.run.tensorboard_path if settings.tensorboard else None
-            sinks = MetricSinks(parts.run.metrics_path, tensorboard, state.step)
+            metrics_path = parts.run.metrics_path if world.is_main else None
+            sinks = MetricSinks(metrics_path, tensorboard, state.step)
             stack.callback(sinks.close)
-            batch, ahead = parts.objective.batch, settings.prefetch
-            loader = BatchLoader(batch, settings.accumulation, settings.steps, ahead)
+            loader = BatchLoader(
+                local_batches(parts.objective, settings.accumulation, world),
+                num_local_micro_batches(settings.accumulation, world.size),
+                settings.steps,
+                settings.prefetch,
+            )
             stack.callback(loader.close)
-            view = open_progress(parts.objective.name, state.step, settings.steps, self._console)
+            name = parts.objective.name
+            view = (
+                open_progress(name, state.step, settings.steps, self._console)
+                if world.is_main
+                else PlainProgress(name, settings.steps)
+            )
             stack.callback(view.close)
             loop = TrainingLoop(parts, state, sinks, loader, view, stop)
             try:
@@ -163,10 +209,14 @@ class Trainer:
     def _begin(self) -> TrainingState:
         """Restore the newest checkpoint, or begin at step 0; then record what this start uses."""
         parts = self._parts
-        clean_leftovers(parts.run.path)
         latest = find_latest(parts.run.path)
+        # Process 0 changes the folder when the others have looked at it.
+        parts.world.wait()
+        if parts.world.is_main:
+            clean_leftovers(parts.run.path)
         if latest is None:
-            seed_everything(parts.settings.seed)
+            parts.strategy.start()
+            seed_everything(process_seed(parts.settings.seed, parts.world.rank))
             state = TrainingState()
         else:
             state = restore_run(parts, latest)
@@ -179,16 +229,17 @@ class Trainer:
     def _log_plan(self) -> None:
         """Log what is derived from the settings, so that nobody has to guess it."""
         parts, settings = self._parts, self._parts.settings
-        trained = sum(param.numel() for param in trainable_parameters(parts.module).values())
-        total = sum(param.numel() for param in parts.module.parameters())
         logger.info(
-            "%s: %d steps of %d micro-batch(es) on %s, %s, %d threads; %s of %s parameters train",
+            "%s: %d steps of %d micro-batch(es) on %d x %s (%s), %s, %d threads; "
+            "%s of %s parameters train",
             parts.objective.name,
             settings.steps,
             settings.accumulation,
+            parts.world.size,
             parts.device,
+            parts.strategy.name,
             settings.precision,
             torch.get_num_threads(),
-            f"{trained:,}",
-            f"{total:,}",
+            f"{self._num_trained:,}",
+            f"{self._num_parameters:,}",
         )

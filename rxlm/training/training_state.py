@@ -1,7 +1,8 @@
 """What a checkpoint holds beside the model, so that a resumed run continues as if never stopped.
 
 ``train/state.json`` (counters, best metric, log window, objective state, architecture),
-``train/optimizer.safetensors`` and ``train/rng.safetensors`` + ``train/rng.json``. The learning
+``train/optimizer.safetensors`` and ``train/rng.safetensors`` + ``train/rng.json`` (further
+processes of the run: ``rng-1`` and so on). The learning
 rate and the data order are pure functions of the step, so nothing is kept of them. Never pickle.
 """
 
@@ -69,7 +70,8 @@ class Snapshot(NamedTuple):
     state: TrainingState
     optimizer: dict[str, Tensor]
     """Tensors named ``<parameter>/exp_avg`` and the like."""
-    random_state: RandomState
+    random_states: list[RandomState]
+    """One of each process of the run."""
     objective: dict[str, Any]
     """The objective's ``state_dict()``."""
     architecture: dict[str, Any]
@@ -87,10 +89,11 @@ def write_snapshot(directory: Path, snapshot: Snapshot) -> None:
     folder = directory / FOLDER
     folder.mkdir()
     save_file(snapshot.optimizer, folder / "optimizer.safetensors")
-    save_file(snapshot.random_state.tensors, folder / "rng.safetensors")
-    _write_json(folder / "rng.json", snapshot.random_state.values)
+    for rank, random_state in enumerate(snapshot.random_states):
+        save_file(random_state.tensors, folder / f"{_rng_name(rank)}.safetensors")
+        _write_json(folder / f"{_rng_name(rank)}.json", random_state.values)
     content = snapshot._asdict()
-    for name in ("optimizer", "random_state"):
+    for name in ("optimizer", "random_states"):
         del content[name]
     content["state"] = snapshot.state.model_dump()
     _write_json(folder / "state.json", {"format_version": FORMAT_VERSION, **content})
@@ -111,17 +114,28 @@ def read_snapshot(directory: Path) -> Snapshot:
                 f"{folder}: is of format {version}, this rxlm reads format {FORMAT_VERSION}. "
                 "Resume with the version that wrote it, or start a new run from its weights."
             )
-        random_state = RandomState(
-            load_file(folder / "rng.safetensors"),
-            json.loads((folder / "rng.json").read_text(encoding="utf-8")),
-        )
+        random_states = [_read_random_state(folder, 0)]
+        while (folder / f"{_rng_name(len(random_states))}.json").exists():
+            random_states.append(_read_random_state(folder, len(random_states)))
         content["state"] = TrainingState.parse(content["state"], str(folder / "state.json"))
         optimizer = load_file(folder / "optimizer.safetensors")
-        return Snapshot(optimizer=optimizer, random_state=random_state, **content)
+        return Snapshot(optimizer=optimizer, random_states=random_states, **content)
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise RunError(_describe_damage(directory, error)) from error
     except (UserError, ValidationError) as error:
         raise RunError(_describe_damage(directory, error)) from error
+
+
+def _rng_name(rank: int) -> str:
+    return f"rng-{rank}" if rank else "rng"
+
+
+def _read_random_state(folder: Path, rank: int) -> RandomState:
+    name = _rng_name(rank)
+    return RandomState(
+        load_file(folder / f"{name}.safetensors"),
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")),
+    )
 
 
 def _describe_damage(directory: Path, error: Exception) -> str:

@@ -1,6 +1,7 @@
 """One optimizer update: micro-batches, exact weighting, clipping, and the check for bad numbers.
 
-Not here: when to update, log or save (``trainer.py``).
+Not here: when to update, log or save (``loop.py``), and how processes share the work
+(:mod:`rxlm.training.distributed`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rxlm.training.device import autocast, move_to_device
-from rxlm.training.objective import Objective, StepOutput
-from rxlm.training.settings import TrainSettings
+from rxlm.training.device import move_to_device
+from rxlm.training.distributed.strategy import Strategy
+from rxlm.training.objective import StepOutput
+
+Sums = dict[str, tuple[float, float]]
+"""Metric -> (sum of value * weight, sum of weights)."""
 
 
 class UpdateOutcome(NamedTuple):
@@ -29,89 +33,75 @@ class UpdateOutcome(NamedTuple):
 
 
 def run_update(
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterable[Any],
-    step: int,
-    settings: TrainSettings,
-    device: torch.device,
+    strategy: Strategy, batches: Iterable[Any], step: int, device: torch.device
 ) -> UpdateOutcome:
     """Make one update from the micro-batches, or skip it when a number is not finite.
 
     Each micro-batch counts as much as it has targets: the gradient is that of the mean loss over
-    all targets of the update, whatever way they are cut into micro-batches.
+    all targets of the update, whatever way they are cut into micro-batches and processes.
 
     Args:
-        objective: gives the loss of each micro-batch.
-        optimizer: its groups' learning rates are already set.
-        batches: the micro-batches, on the CPU.
+        strategy: the learning rates of its optimizer are already set.
+        batches: the micro-batches of this process, on the CPU.
         step: index of the update.
-        settings: precision and clipping.
         device: where the objective's modules are.
+
+    Returns:
+        the same in every process.
     """
-    optimizer.zero_grad(set_to_none=True)
+    world = strategy.world
+    own = list(batches)
+    strategy.begin_update(own)
     outputs: list[StepOutput] = []
-    for batch in batches:
-        with autocast(device, settings.precision):
-            output = objective.loss(move_to_device(batch, device), step)
-        if output.num_targets > 0:
-            # The number of all targets is known only after the last micro-batch; it divides the
-            # gradient below.
-            (output.loss * output.num_targets).backward()
-            outputs.append(output._replace(loss=output.loss.detach()))
-    num_targets = sum(output.num_targets for output in outputs)
-    num_tokens = sum(output.num_tokens for output in outputs)
+    for index, batch in enumerate(own):
+        is_last = index == len(own) - 1
+        output = strategy.compute(move_to_device(batch, device), step, is_last=is_last)
+        outputs.append(output._replace(loss=output.loss.detach()))
+    own_counts = (
+        sum(output.num_targets for output in outputs),
+        sum(output.num_tokens for output in outputs),
+    )
+    num_targets, num_tokens = map(sum, zip(*world.gather(own_counts), strict=True))
     if num_targets == 0:
         return UpdateOutcome("no micro-batch had a target", {}, 0, num_tokens)
-    parameters = [param for group in optimizer.param_groups for param in group["params"]]
-    grad_norm = scale_and_clip(parameters, 1.0 / num_targets, settings.grad_clip)
-    metrics = _weighted_means(outputs, grad_norm)
-    problem = _find_problem(metrics, objective.trained_modules())
+    grad_norm = strategy.finish_gradient(num_targets)
+    sums, norm = _weighted_sums([item for item in outputs if item.num_targets], grad_norm)
+    means = _means(world.gather(sums))
+    metrics = {"loss": means.pop("loss"), "grad_norm": norm, **means}
+    problem = _find_problem(metrics, strategy.objective.trained_modules())
     if problem is None:
-        optimizer.step()
+        strategy.step()
     return UpdateOutcome(problem, metrics, num_targets, num_tokens)
 
 
-def scale_and_clip(
-    parameters: Iterable[nn.Parameter], scale: float, max_norm: float | None
-) -> Tensor:
-    """Multiply all gradients by ``scale``, then shrink them to ``max_norm`` if they are longer.
-
-    Returns:
-        The norm of the scaled gradient before clipping, a scalar tensor (no synchronisation).
-    """
-    gradients = [param.grad for param in parameters if param.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients) * scale
-    factor = torch.full_like(norm, scale)
-    if max_norm is not None:
-        shrink = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        # A bad norm must not spread to the good gradients: the error message looks for the bad one.
-        factor = factor * torch.where(torch.isfinite(norm), shrink, 1.0)
-    if gradients:
-        torch._foreach_mul_(gradients, factor)
-    return norm
-
-
-def _weighted_means(outputs: list[StepOutput], grad_norm: Tensor) -> dict[str, float]:
-    """Return loss, gradient norm and metrics as floats, with one transfer from the device."""
-    names: list[tuple[str, int]] = []
+def _weighted_sums(outputs: list[StepOutput], grad_norm: Tensor) -> tuple[Sums, float]:
+    """Return sums of loss and metrics, and the gradient norm, with one transfer from the device."""
+    names: list[tuple[str, float]] = []
     scalars: list[Tensor] = []
     for output in outputs:
         for name, value in {**output.metrics, "loss": output.loss}.items():
-            names.append((name, output.num_targets))
+            names.append((name, output.weights.get(name, output.num_targets)))
             tensor = torch.as_tensor(value, dtype=torch.float32, device=grad_norm.device)
             scalars.append(tensor.detach().reshape(()))
     # One transfer of everything: the check for bad numbers needs a synchronisation anyway.
     *values, norm = torch.stack([*scalars, grad_norm.float()]).tolist()
-    sums: dict[str, list[float]] = {}
+    sums: Sums = {}
     for (name, weight), value in zip(names, values, strict=True):
-        total = sums.setdefault(name, [0.0, 0.0])
         # A NaN metric was not measured in this micro-batch; a NaN loss is a problem.
         if name == "loss" or not math.isnan(value):
-            total[0] += value * weight
-            total[1] += weight
-    means = {name: total / weight for name, (total, weight) in sums.items() if weight}
-    return {"loss": means.pop("loss"), "grad_norm": norm, **means}
+            total, weights = sums.get(name, (0.0, 0.0))
+            sums[name] = (total + value * weight, weights + weight)
+    return sums, norm
+
+
+def _means(parts: list[Sums]) -> dict[str, float]:
+    """Return the weighted means over all processes."""
+    sums: Sums = {}
+    for part in parts:
+        for name, (total, weight) in part.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + total, before[1] + weight)
+    return {name: total / weight for name, (total, weight) in sums.items() if weight}
 
 
 def _find_problem(metrics: dict[str, float], module: nn.Module) -> str | None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from rxlm.errors import UserError
 from rxlm.training.device import move_to_device, resolve_device
+from rxlm.training.distributed.strategy import Strategy, scale_and_clip
 from rxlm.training.optim import (
     build_optimizer,
     decay_groups,
@@ -19,7 +20,7 @@ from rxlm.training.optim import (
     set_learning_rate,
 )
 from rxlm.training.settings import TrainSettings
-from rxlm.training.update import UpdateOutcome, run_update, scale_and_clip
+from rxlm.training.update import UpdateOutcome, run_update
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,9 @@ def updates(objective: Any, num_steps: int, **values: Any) -> list[UpdateOutcome
     outcomes = []
     for step in range(num_steps):
         batches = [objective.batch(step, micro) for micro in range(settings.accumulation)]
-        outcomes.append(run_update(objective, optimizer, batches, step, settings, CPU))
+        outcomes.append(
+            run_update(Strategy(objective, optimizer, settings, CPU), batches, step, CPU)
+        )
     return outcomes
 
 
@@ -59,11 +62,11 @@ def test_a_micro_batch_without_targets_changes_nothing(toy: ModuleType) -> None:
         optimizer = build_optimizer(objective.model, objective.parameter_groups(settings), settings)
         empty = {"inputs": torch.ones(2, 3), "is_target": torch.zeros(2, dtype=torch.bool)}
         batches = [objective.batch(0, 0)] + [empty] * extra
-        results.append(run_update(objective, optimizer, batches, 0, settings, CPU))
+        results.append(run_update(Strategy(objective, optimizer, settings, CPU), batches, 0, CPU))
         results.append(objective.model[0].weight.detach().clone())
     assert results[0].metrics == results[2].metrics
     assert torch.equal(results[1], results[3])
-    nothing = run_update(objective, optimizer, [empty], 0, settings, CPU)
+    nothing = run_update(Strategy(objective, optimizer, settings, CPU), [empty], 0, CPU)
     assert nothing.problem == "no micro-batch had a target"
 
 
@@ -152,7 +155,9 @@ def test_optimizer_state_round_trip(toy: ModuleType) -> None:
     groups = objective.parameter_groups(settings)
     optimizer = build_optimizer(objective.model, groups, settings)
     for step in range(3):
-        run_update(objective, optimizer, [objective.batch(step, 0)], step, settings, CPU)
+        run_update(
+            Strategy(objective, optimizer, settings, CPU), [objective.batch(step, 0)], step, CPU
+        )
     saved = {
         key: value.clone() for key, value in optimizer_tensors(objective.model, optimizer).items()
     }
@@ -166,8 +171,8 @@ def test_optimizer_state_round_trip(toy: ModuleType) -> None:
     loaded = optimizer_tensors(twin.model, restored)
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)
-    run_update(objective, optimizer, [objective.batch(3, 0)], 3, settings, CPU)
-    run_update(twin, restored, [twin.batch(3, 0)], 3, settings, CPU)
+    run_update(Strategy(objective, optimizer, settings, CPU), [objective.batch(3, 0)], 3, CPU)
+    run_update(Strategy(twin, restored, settings, CPU), [twin.batch(3, 0)], 3, CPU)
     pairs = zip(objective.model.parameters(), twin.model.parameters(), strict=True)
     assert all(torch.equal(left, right) for left, right in pairs)
 

@@ -26,7 +26,12 @@ from torch import Tensor
 
 from rxlm.configuration import Config
 from rxlm.data.conversation_source import ConversationSource
-from rxlm.rxt.dialogues import DialogueBatch, TurnEncoder
+from rxlm.rxt.dialogues import (
+    DialogueBatch,
+    TurnEncoder,
+    rows_of_dialogues,
+    select_dialogues,
+)
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.rxt.unroll import Answers, EncodedTurns, answer_rows, answer_with_history, encode_turns
 from rxlm.tokenization.template import EncodedTurn
@@ -67,17 +72,30 @@ class JointLMSettings(Config):
     """Windows of a validation."""
 
 
+class Whole(NamedTuple):
+    """A micro-batch that was cut: its sizes, and the ``first`` dialogue of the part."""
+
+    first: int
+    num_dialogues: int
+    num_turns: int
+    length: int
+    num_hidden: int
+    num_predicted: int
+
+
 class JointBatch(NamedTuple):
     """One batch.
 
     ``dialogues.encode`` holds what the encoder sees, with the hidden tokens as targets;
     ``labels`` the true ids of each of its buckets, ``[R, T]``; ``dialogues.answer`` what the
-    decoder predicts; ``noise_seed`` seeds noise and drops.
+    decoder predicts; ``noise_seed`` seeds noise and drops; ``whole`` describes the micro-batch of
+    which this is a part, None if it is whole.
     """
 
     dialogues: DialogueBatch
     labels: tuple[Tensor, ...]
     noise_seed: int
+    whole: Whole | None = None
 
 
 class Score(NamedTuple):
@@ -174,16 +192,56 @@ class JointLMObjective(ModelObjective):
         labels = tuple(rows.ids for rows in batch.encode)
         return JointBatch(batch._replace(encode=tuple(seen)), labels, derive_seed(seed, "noise"))
 
-    def loss(self, batch: JointBatch, step: int) -> StepOutput:
-        """Return the weighted sum of the two mean cross-entropies."""
-        mlm, lm = self._scores(batch)
-        num_targets = mlm.num_targets + lm.num_targets
-        total = self._total(mlm, lm)
-        return StepOutput(total, num_targets, _metrics(mlm, lm), batch.dialogues.num_tokens)
+    def shard(self, batch: JointBatch, rank: int, size: int) -> JointBatch:
+        """Return some of the windows, with the masks and the noise that they have in the whole."""
+        dialogues = batch.dialogues
+        share = self.share_of(dialogues.num_dialogues, rank, size)
+        kept = [
+            rows_of_dialogues(rows, dialogues, share.start, len(share)) for rows in dialogues.encode
+        ]
+        labels = [ids[keep] for ids, keep in zip(batch.labels, kept, strict=True) if keep.any()]
+        num_hidden, num_predicted = _count_targets(dialogues)
+        whole = Whole(
+            first=share.start,
+            num_dialogues=dialogues.num_dialogues,
+            num_turns=dialogues.num_turns,
+            length=max(rows.ids.shape[1] for rows in dialogues.encode),
+            num_hidden=num_hidden,
+            num_predicted=num_predicted,
+        )
+        part = select_dialogues(dialogues, share.start, len(share))
+        return JointBatch(part, tuple(labels), batch.noise_seed, whole)
 
-    def _total(self, mlm: Score, lm: Score) -> Tensor:
-        encoder_loss = mlm.loss / max(1, mlm.num_targets)
-        decoder_loss = lm.loss / max(1, lm.num_targets)
+    def count_targets(self, batch: JointBatch) -> int:
+        """Return the number of hidden and of predicted tokens."""
+        return sum(_count_targets(batch.dialogues))
+
+    def loss(self, batch: JointBatch, step: int) -> StepOutput:
+        """Return the weighted sum of the two mean cross-entropies.
+
+        Of a part: what it contributes to that of the whole, so that the parts' losses, weighted by
+        their targets, make it up.
+        """
+        mlm, lm = self._scores(batch)
+        num_targets, whole = mlm.num_targets + lm.num_targets, batch.whole
+        if whole is None:
+            total = self._total(mlm, lm)
+        else:
+            counts = whole.num_hidden, whole.num_predicted
+            total = self._total(mlm, lm, *counts) * (sum(counts) / max(1, num_targets))
+        weights = {
+            f"{name}_{kind}": float(score.num_targets)
+            for name, score in (("mlm", mlm), ("lm", lm))
+            for kind in ("loss", "accuracy")
+        }
+        num_tokens = batch.dialogues.num_tokens
+        return StepOutput(total, num_targets, _metrics(mlm, lm), num_tokens, weights)
+
+    def _total(
+        self, mlm: Score, lm: Score, num_hidden: int | None = None, num_predicted: int | None = None
+    ) -> Tensor:
+        encoder_loss = mlm.loss / max(1, mlm.num_targets if num_hidden is None else num_hidden)
+        decoder_loss = lm.loss / max(1, lm.num_targets if num_predicted is None else num_predicted)
         settings = self.settings
         return (
             settings.encoder_loss_scale * encoder_loss + settings.decoder_loss_scale * decoder_loss
@@ -192,7 +250,7 @@ class JointLMObjective(ModelObjective):
     def _scores(self, batch: JointBatch) -> tuple[Score, Score]:
         """Return the scores of the encoder's and the decoder's predictions."""
         encoded = encode_turns(self.model.encoder, batch.dialogues)
-        context = self._noised(encoded, batch.noise_seed)
+        context = self._noised(encoded, batch)
         return self._score_hidden(batch, encoded), _score_answers(self._answers(batch, context))
 
     def _score_hidden(self, batch: JointBatch, encoded: EncodedTurns) -> Score:
@@ -227,15 +285,20 @@ class JointLMObjective(ModelObjective):
             answers.append(answer_rows(decoder, rows, slots, context.mask[rows.place, :length]))
         return answers
 
-    def _noised(self, encoded: EncodedTurns, seed: int) -> EncodedTurns:
+    def _noised(self, encoded: EncodedTurns, batch: JointBatch) -> EncodedTurns:
         """Return what the decoder may read of the encoder's states; no gradient goes back."""
         states, mask = encoded.states.detach(), encoded.mask
-        generator = torch.Generator(device=states.device).manual_seed(seed)
+        generator = torch.Generator(device=states.device).manual_seed(batch.noise_seed)
+        size = _drawn_size(batch, mask)
         if self.settings.drop_probability:
-            draws = torch.rand(mask.shape, generator=generator, device=mask.device)
-            mask = mask & (draws >= self.settings.drop_probability)
+            draws = torch.rand(size, generator=generator, device=mask.device)
+            mask = mask & (
+                _drawn_part(draws[None], batch, mask)[0] >= self.settings.drop_probability
+            )
         if self.settings.noise_level:
-            noise = torch.randn(states.shape, generator=generator, device=states.device)
+            shape = (states.shape[0], *size, states.shape[-1])
+            noise = torch.randn(shape, generator=generator, device=states.device)
+            noise = _drawn_part(noise, batch, mask)
             rms = states.float().square().mean(dim=-1, keepdim=True).sqrt()
             states = (states + self.settings.noise_level * rms * noise).to(states.dtype)
         return EncodedTurns(states, mask)
@@ -254,6 +317,30 @@ class JointLMObjective(ModelObjective):
         metrics = {name: float(value) for name, value in _metrics(all_mlm, all_lm).items()}
         measured = {name: value for name, value in metrics.items() if not math.isnan(value)}
         return {"loss": float(self._total(all_mlm, all_lm)), **measured}
+
+
+def _drawn_size(batch: JointBatch, mask: Tensor) -> tuple[int, int]:
+    """Return for how many flat turns and tokens noise is drawn: for those of the whole."""
+    whole = batch.whole
+    if whole is None:
+        return mask.shape[0], mask.shape[1]
+    return whole.num_turns * whole.num_dialogues, whole.length
+
+
+def _drawn_part(draws: Tensor, batch: JointBatch, mask: Tensor) -> Tensor:
+    """Return of numbers drawn for the whole, ``[L, N * B, T, ...]``, those of this part."""
+    whole, part = batch.whole, batch.dialogues
+    if whole is None:
+        return draws
+    by_turn = draws.unflatten(1, (whole.num_turns, whole.num_dialogues))
+    own = by_turn[:, : part.num_turns, whole.first : whole.first + part.num_dialogues]
+    return own.flatten(1, 2)[:, :, : mask.shape[1]]
+
+
+def _count_targets(batch: DialogueBatch) -> tuple[int, int]:
+    """Return how many tokens the encoder restores and the decoder predicts."""
+    hidden = sum(int(rows.targets.sum()) for rows in batch.encode)
+    return hidden, sum(int(rows.targets[:, 1:].sum()) for rows in batch.answer)
 
 
 def _score(logits: Tensor, labels: Tensor) -> Score:

@@ -28,6 +28,7 @@ from rxlm.rxt.dialogues import (
     TurnEncoder,
     dialogue_batch,
     group_of,
+    select_dialogues,
 )
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.rxt.unroll import (
@@ -141,6 +142,15 @@ class MemoryAwareObjective(ModelObjective):
         # By position, too: a drawn initial memory does not depend on the place in the batch.
         return batch._replace(memory_seed=first)
 
+    def shard(self, batch: DialogueBatch, rank: int, size: int) -> DialogueBatch:
+        """Return some of the dialogues."""
+        share = self.share_of(batch.num_dialogues, rank, size)
+        return select_dialogues(batch, share.start, len(share))
+
+    def count_targets(self, batch: DialogueBatch) -> int:
+        """Return the number of predicted tokens."""
+        return sum(int(rows.targets[:, 1:].sum()) for rows in batch.answer)
+
     def loss(self, batch: DialogueBatch, step: int) -> StepOutput:
         """Return the mean cross-entropy over target tokens."""
         _, phase = self.curriculum.phase(step)
@@ -156,9 +166,11 @@ class MemoryAwareObjective(ModelObjective):
         with torch.no_grad():
             exact, group = _exact_and_group(answers)
             asked = group != GROUPS.index("chat") if self.train_source.has_probes else group >= 0
-            metrics["accuracy"] = exact[asked].float().mean() if asked.any() else math.nan
+            num_asked = int(asked.sum())
+            metrics["accuracy"] = exact[asked].float().mean() if num_asked else math.nan
             metrics["perplexity"] = loss.detach().exp()
-        return StepOutput(loss, labels.numel(), metrics, batch.num_tokens)
+        weights = {"accuracy": num_asked}
+        return StepOutput(loss, labels.numel(), metrics, batch.num_tokens, weights)
 
     def _answers(self, batch: DialogueBatch, phase: Phase) -> list[Answers]:
         encoded = encode_turns(self.model.encoder, batch)

@@ -23,7 +23,7 @@ from torch import Tensor
 from rxlm.configuration import Config
 from rxlm.data.conversation_source import ConversationSource
 from rxlm.memory.attention import MemoryAttention
-from rxlm.rxt.dialogues import DialogueBatch, TurnEncoder
+from rxlm.rxt.dialogues import DialogueBatch, TurnEncoder, select_dialogues
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.rxt.unroll import EncodedTurns, encode_turns, scan_memory
 from rxlm.training.objective import StepOutput
@@ -110,6 +110,15 @@ class MemoryPretrainingObjective(ModelObjective):
             pad_id=self.tokenizer.pad_id,
         )
         return batch._replace(memory_seed=positions.start)
+
+    def shard(self, batch: DialogueBatch, rank: int, size: int) -> DialogueBatch:
+        """Return some of the dialogues."""
+        share = self.share_of(batch.num_dialogues, rank, size)
+        return select_dialogues(batch, share.start, len(share))
+
+    def count_targets(self, batch: DialogueBatch) -> int:
+        """Return the number of turns."""
+        return sum(len(rows.ids) for rows in batch.encode)
 
     def loss(self, batch: DialogueBatch, step: int) -> StepOutput:
         """Return the mean over layers, slots and the turns that exist."""

@@ -87,6 +87,20 @@ class ModelObjective(Objective):
             component.checkpoint_layers = layers
         self.checkpoint_turns = turns
 
+    def share_of(self, num_dialogues: int, rank: int, size: int) -> range:
+        """Return which of the dialogues of a micro-batch process ``rank`` of ``size`` takes.
+
+        Raises:
+            UserError: when there are more processes than dialogues.
+        """
+        if num_dialogues < size:
+            raise UserError(
+                f"stage {self.name}: a micro-batch has {num_dialogues} dialogues, too few for "
+                f"{size} processes. Set objective.dialogues to at least {size}, or "
+                f"train.accumulation to a multiple of {size}."
+            )
+        return range(num_dialogues * rank // size, num_dialogues * (rank + 1) // size)
+
     def to_device(self, batch: Any) -> Any:
         """Return ``batch`` with all its tensors moved to where the model is."""
         return move_to_device(batch, self.model.device)

@@ -1,0 +1,163 @@
+"""How processes share one update: each computes a part of the batch, all make the same step.
+
+What an update *is* does not depend on it: the gradient is that of the mean loss over all targets
+of the whole batch, in one process and in many. :class:`Strategy` is one process,
+:class:`DataParallel` is DDP, and ``zero.py`` is DeepSpeed.
+
+The whole loss of a micro-batch is one wrapped forward pass (:class:`LossModule`), so that a window
+of many turns, which runs decoder and memory once a turn, is reduced once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rxlm.training.device import autocast
+from rxlm.training.distributed.world import World
+from rxlm.training.objective import Objective, StepOutput
+from rxlm.training.optim import load_optimizer_tensors, optimizer_tensors
+from rxlm.training.settings import TrainSettings
+
+
+class LossModule(nn.Module):
+    """An objective's loss as the forward pass of a module that holds what trains."""
+
+    def __init__(self, objective: Objective, settings: TrainSettings, device: torch.device) -> None:
+        super().__init__()
+        self.trained = objective.trained_modules()
+        self._objective = objective
+        self._settings, self._device = settings, device
+
+    def forward(self, batch: Any, step: int) -> StepOutput:
+        """Return the loss of a micro-batch that is on the device."""
+        with autocast(self._device, self._settings.precision):
+            return self._objective.loss(batch, step)
+
+
+class Strategy:
+    """One process.
+
+    Attributes:
+        objective: what is trained; its weights are on the device.
+        optimizer: over the objective's parameters; set its learning rates before each update.
+        world: the processes that share the update.
+    """
+
+    name = "single"
+    """For log lines."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        settings: TrainSettings,
+        device: torch.device,
+        world: World | None = None,
+    ) -> None:
+        self.objective = objective
+        self.optimizer = optimizer
+        self.world = World() if world is None else world
+        self._settings, self._device = settings, device
+        self._loss = LossModule(objective, settings, device)
+
+    def start(self) -> None:
+        """Begin, once the weights are in place; what trains is fixed from here on."""
+
+    def begin_update(self, batches: list[Any]) -> None:
+        """Forget the last gradient; ``batches`` are the micro-batches of this process."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def compute(self, batch: Any, step: int, *, is_last: bool) -> StepOutput:
+        """Return the loss of a micro-batch and add its gradient, times its number of targets.
+
+        Args:
+            batch: on the device.
+            step: index of the update.
+            is_last: whether it is the last micro-batch of the update.
+        """
+        output = self._loss(batch, step)
+        # The number of all targets is known only after the last micro-batch: it divides later.
+        if output.num_targets > 0:
+            (output.loss * output.num_targets).backward()
+        return output
+
+    def finish_gradient(self, num_targets: int) -> Tensor:
+        """Make the gradient that of the mean over the targets of all processes, and clip it.
+
+        Returns:
+            its norm before clipping, a scalar.
+        """
+        parameters = [item for group in self.optimizer.param_groups for item in group["params"]]
+        scale = self.world.size / num_targets
+        return scale_and_clip(parameters, scale, self._settings.grad_clip)
+
+    def step(self) -> None:
+        """Change the weights."""
+        self.optimizer.step()
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Have all weights in every process for the time of a block (to save or to measure)."""
+        yield
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Return the whole optimizer state by parameter name; called in every process, of use in
+        process 0. It does not depend on the strategy or on the number of processes."""
+        return optimizer_tensors(self.objective.trained_modules(), self.optimizer)
+
+    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`optimizer_tensors` of any strategy returned; after ``start``."""
+        load_optimizer_tensors(self.objective.trained_modules(), self.optimizer, tensors)
+
+
+class DataParallel(Strategy):
+    """DDP: every process holds everything; gradients are averaged while they are computed."""
+
+    name = "ddp"
+
+    def start(self) -> None:
+        """Give every process the weights of process 0, and wrap the loss."""
+        # Which parameters a step uses depends on the step: a curriculum may begin without memory.
+        # A parameter that no process used keeps no gradient, as in a single process.
+        self._wrapped = DistributedDataParallel(
+            self._loss, broadcast_buffers=False, find_unused_parameters=True
+        )
+
+    def compute(self, batch: Any, step: int, *, is_last: bool) -> StepOutput:
+        """As :meth:`Strategy.compute`; the last micro-batch makes the processes exchange."""
+        with contextlib.nullcontext() if is_last else self._wrapped.no_sync():
+            output: StepOutput = self._wrapped(batch, step)
+            # All processes exchange equally often, also one that has nothing to learn here.
+            targets_or_nothing(output).backward()
+        return output
+
+
+def targets_or_nothing(output: StepOutput) -> Tensor:
+    """Return the loss times its number of targets; a zero with a graph if there is none."""
+    if output.num_targets > 0:
+        return output.loss * output.num_targets
+    return torch.nan_to_num(output.loss) * 0.0
+
+
+def scale_and_clip(parameters: list[nn.Parameter], scale: float, max_norm: float | None) -> Tensor:
+    """Multiply all gradients by ``scale``, then shrink them to ``max_norm`` if they are longer.
+
+    Returns:
+        The norm of the scaled gradient before clipping, a scalar tensor (no synchronisation).
+    """
+    gradients = [param.grad for param in parameters if param.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) * scale
+    factor = torch.full_like(norm, scale)
+    if max_norm is not None:
+        shrink = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        # A bad norm must not spread to the good gradients: the error message looks for the bad one.
+        factor = factor * torch.where(torch.isfinite(norm), shrink, 1.0)
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
+    return norm

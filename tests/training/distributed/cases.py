@@ -1,0 +1,178 @@
+"""Small runs of every stage and strategy, in one process or in several.
+
+Not a test file. ``torchrun ... cases.py ROOT`` runs :data:`SHARED` in several processes, each into
+a folder of ROOT; the tests run the same cases in one process and compare.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from rxlm.data import DialogueGenerator, GeneratedConversations, conversation_texts
+from rxlm.rxt.dialogues import TurnEncoder
+from rxlm.rxt.reactive import ReactiveModel
+from rxlm.tokenization import Tokenizer, TokenizerTraining, train_tokenizer
+from rxlm.training.distributed.world import current_world, open_world
+from rxlm.training.objectives.curriculum import Phase
+from rxlm.training.objectives.joint_lm import JointLMObjective, JointLMSettings
+from rxlm.training.objectives.memory_aware import MemoryAwareObjective, MemoryAwareSettings
+from rxlm.training.objectives.memory_pretraining import (
+    MemoryPretrainingObjective,
+    MemoryPretrainingSettings,
+)
+from rxlm.training.objectives.sft import SFTObjective, SFTSettings
+from rxlm.training.run_folder import RunFolder
+from rxlm.training.settings import TrainSettings
+from rxlm.training.trainer import Trainer, TrainResult
+
+DEEPSPEED = Path(__file__).resolve().parents[3] / "stages" / "deepspeed"
+SEQ_LEN = 64
+# An odd number: two processes get different shares.
+SIZES = {"turns": 3, "dialogues": 3, "validation_dialogues": 2}
+STAGES: dict[str, tuple[type, Any]] = {
+    "joint_lm": (JointLMObjective, JointLMSettings(**SIZES, drop_probability=0.1)),
+    "sft": (SFTObjective, SFTSettings(**SIZES)),
+    "memory_pretraining": (MemoryPretrainingObjective, MemoryPretrainingSettings(**SIZES)),
+    "memory_aware": (
+        MemoryAwareObjective,
+        MemoryAwareSettings(
+            phases=(
+                Phase(turns=2, dialogues=3, reads="history", steps=1),
+                Phase(turns=3, dialogues=3),
+            ),
+            validation_dialogues=2,
+        ),
+    ),
+}
+KINDS = ("gla", "deltanet", "gated_deltanet", "kda", "md_gdn")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+
+
+class Case(NamedTuple):
+    """One run."""
+
+    stage: str
+    kind: str = "softmax"
+    strategy: str = "ddp"
+    steps: int = 3
+    accumulation: int = 1
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, self))
+
+
+SHARED = (
+    *(Case(stage, strategy=name) for stage in STAGES for name in STRATEGIES),
+    *(Case("memory_aware", kind) for kind in KINDS),
+    Case("memory_aware", "md_gdn", "zero3"),
+    Case("memory_aware", strategy="zero2_offload"),
+    Case("memory_aware", strategy="ddp", accumulation=4),
+    Case("memory_aware", strategy="zero2", accumulation=4),
+)
+"""What is compared with one process."""
+RESUMED = tuple(Case("memory_aware", strategy=name, steps=4) for name in ("zero1", "zero3"))
+"""Runs that one process began, and that several continue."""
+
+
+def tokenizer() -> Tokenizer:
+    conversations = (DialogueGenerator().conversation(index, 8) for index in range(40))
+    return train_tokenizer(conversation_texts(conversations), TokenizerTraining(vocab_size=384))
+
+
+def run_case(case: Case, root: Path, tokens: Tokenizer, **settings: Any) -> TrainResult:
+    """Train one case into its folder; shared by the processes if there are several."""
+    world = current_world()
+    shared = {} if world.size == 1 else strategy_settings(case.strategy)
+    train = TrainSettings(
+        **{
+            "steps": case.steps,
+            "lr": 0.01,
+            # Adam divides tiny gradients by their size; rounding errors in them must not matter.
+            "eps": 1e-3,
+            # ZeRO lets parameters decay that a step does not use.
+            "weight_decay": 0.0,
+            "schedule": "constant",
+            "grad_clip": 0.5,
+            "accumulation": case.accumulation,
+            "log_every": 1,
+            "validate_every": 2,
+            "threads": 1,
+            "tensorboard": False,
+            **shared,
+            **settings,
+        }
+    )
+    run = RunFolder.open(root / case.name, case.stage, {"case": case.name}, writes=world.is_main)
+    world.wait()
+    return Trainer(objective_of(case, tokens), train, run).train()
+
+
+def strategy_settings(name: str) -> dict[str, Any]:
+    if name == "ddp":
+        return {"strategy": "ddp"}
+    return {"strategy": "deepspeed", "deepspeed": str(DEEPSPEED / f"{name}.json")}
+
+
+def objective_of(case: Case, tokens: Tokenizer) -> Any:
+    component: dict[str, Any] = {
+        "num_layers": 2,
+        "vocab_size": tokens.vocab_size,
+        "embed_dim": 16,
+        "ff_dim": 32,
+        "att_heads": 2,
+        "seq_len": SEQ_LEN,
+        "stm_size": 8,
+        "self_att_type": "mha",
+        "cross_att_type": "mha",
+        "tie_embeddings": True,
+        "use_head_norm": True,
+    }
+    if case.kind != "softmax":
+        component |= {
+            "use_linear_self_attn": True,
+            "linear_attn_type": case.kind,
+            "linear_attn_use_short_conv": True,
+        }
+    memory = {
+        "variant": "self-interlayer",
+        "num_layers": 2,
+        "embed_dim": 16,
+        "att_heads": 1,
+        "att_type": "mha",
+        "stm_size": 8,
+        "seq_len": SEQ_LEN,
+    }
+    torch.manual_seed(0)
+    model = ReactiveModel(
+        {"encoder": component, "decoder": component, "memory_attention": memory}, tokens
+    )
+    generator = DialogueGenerator()
+    cls, settings = STAGES[case.stage]
+    return cls(
+        model,
+        GeneratedConversations(generator, "train"),
+        GeneratedConversations(generator, "valid"),
+        TurnEncoder(tokens, SEQ_LEN),
+        settings,
+        seed=0,
+        accumulation=case.accumulation,
+    )
+
+
+def main(root: Path) -> None:
+    only = os.environ.get("RXLM_CASES")
+    with open_world():
+        tokens = tokenizer()
+        for case in (*SHARED, *RESUMED):
+            if only is None or only in case.name:
+                run_case(case, root, tokens)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
