@@ -35,6 +35,7 @@ from rxlm.nn.linear_gates import Gates, TokenGates
 from rxlm.nn.memory_driven import MemoryCondition, MemoryFusion, MemoryFusionMode
 from rxlm.nn.recurrent_cache import CarriedLayer, RecurrentCache
 from rxlm.nn.short_conv import RealTokensFirst, ShortConvolution
+from rxlm.nn.turn_layout import TurnLayout
 from rxlm.ops import linear_attention as ops
 
 Mode = Literal["chunk", "fused"]
@@ -216,8 +217,7 @@ class LinearSelfAttention(nn.Module):
     def forward_turns(
         self,
         x: Tensor,
-        key_mask: Tensor,
-        num_turns: int,
+        layout: TurnLayout,
         memory: MemoryCondition | None = None,
         carried: CarriedLayer | None = None,
         backprop_turns: int | None = None,
@@ -228,40 +228,55 @@ class LinearSelfAttention(nn.Module):
         the states are computed in order.
 
         Args:
-            x: ``[N * B, T, D]``, flat turn ``n * B + b``.
-            key_mask: ``[N * B, T]`` bool, True at real tokens. A turn without any leaves its
-                conversation as it is.
-            num_turns: N.
-            memory: what ``memory_fusion`` read for each of the N * B turns; None = without memory.
+            x: ``[B, P, D]``, the tokens in their ``layout``.
+            layout: where the turns begin.
+            memory: what ``memory_fusion`` read for each of the N * B flat turns; None = without
+                memory.
             carried: the state before the first turn; None = there is none.
             backprop_turns: cut the gradient of the state after so many turns; None = never.
 
         Returns:
-            ``[N * B, T, D]``, and what is carried before each turn and after the last: states
+            ``[B, P, D]``, and what is carried before each turn and after the last: states
             ``[N + 1, B, HV, K, V]``, started ``[N + 1, B]``.
 
         Raises:
-            UserError: in both directions, for another mechanism, or for shapes that do not fit.
+            UserError: in both directions, for another mechanism or asked for fla, or for shapes
+                that do not fit.
         """
-        if self.settings.bidirectional or self.settings.mechanism != "kda":
+        settings = self.settings
+        if settings.bidirectional or settings.mechanism != "kda" or settings.backend == "fla":
             raise UserError(
-                f"turns in order need mechanism 'kda' in one direction, not "
-                f"{self.settings.mechanism!r} with bidirectional={self.settings.bidirectional}."
+                "turns in their order are read by mechanism 'kda', in one direction, by PyTorch; "
+                f"not by {settings.mechanism!r} with bidirectional={settings.bidirectional}, "
+                f"backend={settings.backend!r}."
             )
-        _check_mask(x, key_mask)
-        batch = x.shape[0] // num_turns
-        self._check_carried(carried, batch)
-        exists = key_mask.any(dim=1).view(num_turns, batch)
-        before = carried.started if carried is not None else torch.zeros_like(exists[0])
+        _check_mask(x, layout.mask)
+        self._check_carried(carried, x.shape[0])
+        exists = layout.lengths > 0
+        before = torch.zeros_like(exists[0]) if carried is None else carried.started
         started = torch.cat((before[None], exists | before)).cummax(dim=0).values
-        order = RealTokensFirst(key_mask)
-        packed, key_mask = order.pack(x), order.key_mask
-        query, key, value, _ = self._project(packed, key_mask, None)
-        offsets = None if memory is None else self.memory_fusion.gate_offsets(packed, memory)
-        gates = self.gates(packed, offsets)
+        mixed = self.query_key_value(x)
+        if settings.conv_size is not None:
+            mixed = self.short_convolution.over_chunks(mixed, layout.begins)
+        query, key, value = self._heads(mixed)
+        place = layout.place
+        offsets = None
+        if memory is not None:
+            # Chunks are rows here: each reads the memory of its turn.
+            rows = x.unflatten(1, (layout.turn.shape[1], -1)).flatten(0, 1)
+            of_chunks = memory._replace(offset=memory.offset.index_select(0, place))
+            decay, write = self.memory_fusion.gate_offsets(rows, of_chunks)
+            offsets = tuple(
+                part.expand(-1, rows.shape[1], -1).reshape(*x.shape[:2], -1)
+                for part in (decay, write)
+            )
+        gates = self.gates(x, offsets)
         assert gates.log_decay is not None and gates.write_strength is not None
-        keep, added = self._turn_starts(memory, started[:-1], exists)
-        heads, states = ops.kda_over_turns(
+        keep, added = self._starts(memory, layout, started)
+        cut = None
+        if backprop_turns is not None:
+            cut = layout.begins & (layout.turn % backprop_turns == 0) & (layout.turn > 0)
+        heads, states = ops.kda_with_starts(
             query,
             key,
             value,
@@ -269,12 +284,12 @@ class LinearSelfAttention(nn.Module):
             gates.write_strength,
             keep=keep,
             added=added,
+            cut=cut,
             initial_state=None if carried is None else carried.state,
-            key_mask=key_mask,
-            backend=self.settings.backend,
-            backprop_turns=backprop_turns,
+            key_mask=layout.mask,
         )
-        return order.unpack(self._finish(packed, heads)), CarriedLayer(states, started)
+        history = CarriedLayer(layout.states_of_turns(states), started)
+        return self._finish(x, heads), history
 
     def backend(self, x: Tensor, num_tokens: int | None = None) -> ops.BackendChoice:
         """Return which backend computes ``num_tokens`` (default: those of ``x``) and why.
@@ -301,6 +316,7 @@ class LinearSelfAttention(nn.Module):
             settings.value_heads,
             settings.key_dim,
             settings.value_dim,
+            carried=settings.memory_fusion is not None,
         )
 
     def _form(self, num_tokens: int) -> Literal["chunk", "recurrent", "step"]:
@@ -329,26 +345,30 @@ class LinearSelfAttention(nn.Module):
             f"{list(carried.started.shape)} rows, expected {list(shape)}."
         )
 
-    def _turn_starts(
-        self, memory: MemoryCondition | None, started: Tensor, exists: Tensor
+    def _starts(
+        self, memory: MemoryCondition | None, layout: TurnLayout, started: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return factor ``[N, B, HV]`` and summand of the state at the start of each turn.
+        """Return factor ``[B, Q, HV]`` and summand of the state before each chunk.
 
         Args:
             memory: of each flat turn; None leaves the state as it is.
-            started: ``[N, B]`` bool, whether there was a turn before.
-            exists: ``[N, B]`` bool, whether the turn has a token; if not, nothing changes.
+            layout: which chunks begin a turn; nothing happens at the others.
+            started: ``[N + 1, B]`` bool, whether there was a turn before.
         """
         settings = self.settings
-        sizes = (settings.value_heads, settings.key_dim, settings.value_dim)
+        chunks = layout.begins.shape
         if memory is None:
+            sizes = (settings.value_heads, settings.key_dim, settings.value_dim)
             dtype = _state_dtype(self.norm.weight)
-            nothing = self.norm.weight.new_zeros(*started.shape, *sizes, dtype=dtype)
+            nothing = self.norm.weight.new_zeros(*chunks, *sizes, dtype=dtype)
             return torch.ones_like(nothing[..., 0, 0]), nothing
-        keep = memory.keep.unflatten(0, started.shape) * started.unsqueeze(-1)
-        added = (1.0 - keep)[..., None, None] * memory.state.unflatten(0, started.shape)
-        missing = ~exists.unsqueeze(-1)
-        return keep.masked_fill(missing, 1.0), added.masked_fill(missing[..., None, None], 0.0)
+        place = layout.place
+        keep = memory.keep * started[:-1].flatten().unsqueeze(-1)
+        added = (1.0 - keep)[..., None, None] * memory.state
+        other = ~layout.begins.unsqueeze(-1)
+        keep = keep.index_select(0, place).unflatten(0, chunks).masked_fill(other, 1.0)
+        added = added.index_select(0, place).unflatten(0, chunks)
+        return keep, added.masked_fill(other[..., None, None], 0.0)
 
     def _attend(
         self,
@@ -372,22 +392,26 @@ class LinearSelfAttention(nn.Module):
         self, x: Tensor, key_mask: Tensor | None, cache: RecurrentCache | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return queries, keys ``[B, T, H, K]``, values ``[B, T, HV, V]``, convolution inputs."""
-        settings = self.settings
-        delta_rule = ops.MECHANISMS[settings.mechanism].delta_rule
         mixed = self.query_key_value(x)
-        if settings.conv_size is not None:
+        recent = mixed.new_empty(x.shape[0], 0, sum(self._widths))
+        if self.settings.conv_size is not None:
             past = None if cache is None else cache.recent
             mixed, recent = self.short_convolution(mixed, key_mask, past)
-        else:
-            recent = mixed.new_empty(x.shape[0], 0, sum(self._widths))
-            mixed = F.silu(mixed) if delta_rule else mixed
+        return *self._heads(mixed), recent
+
+    def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut what was projected and convolved into queries, keys and values of the heads."""
+        settings = self.settings
+        delta_rule = ops.MECHANISMS[settings.mechanism].delta_rule
+        if settings.conv_size is None and delta_rule:
+            mixed = F.silu(mixed)
         query, key, value = mixed.split(self._widths, dim=-1)
         query = query.unflatten(-1, (settings.num_heads, settings.key_dim))
         key = key.unflatten(-1, (settings.num_heads, settings.key_dim))
         value = value.unflatten(-1, (settings.value_heads, settings.value_dim))
         if delta_rule:
             query, key = ops.l2_normalize(query), ops.l2_normalize(key)
-        return query, key, value, recent
+        return query, key, value
 
     def _operate(
         self,

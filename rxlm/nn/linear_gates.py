@@ -23,6 +23,8 @@ GLA_GATE_TEMPERATURE = 16.0
 
 # Step sizes at the start, log-uniform: memories of ten to a thousand tokens at unit rate.
 SMALLEST_STEP, LARGEST_STEP = 1e-3, 0.1
+# A state that conversations carry on has to outlast turns: ten times as long.
+SMALLEST_CARRIED_STEP, LARGEST_CARRIED_STEP = 1e-4, 1e-2
 LARGEST_RATE = 16.0
 # Per head and per channel gates; the published initialisations differ in the lower end.
 SMALLEST_RATES = {"gated_deltanet": 1e-4, "kda": 1.0}
@@ -48,7 +50,14 @@ class TokenGates(nn.Module):
     """
 
     def __init__(
-        self, mechanism: str, dim: int, num_value_heads: int, key_dim: int, value_dim: int
+        self,
+        mechanism: str,
+        dim: int,
+        num_value_heads: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        carried: bool = False,
     ) -> None:
         """Build the projections.
 
@@ -58,6 +67,7 @@ class TokenGates(nn.Module):
             num_value_heads: HV.
             key_dim: K.
             value_dim: V, also the rank of KDA's projection.
+            carried: whether the state goes on to the next turn, so starts with slower decays.
         """
         super().__init__()
         kind = MECHANISMS[mechanism]
@@ -81,7 +91,10 @@ class TokenGates(nn.Module):
         if self.has_rate:
             rate = torch.empty(num_value_heads).uniform_(SMALLEST_RATES[mechanism], LARGEST_RATE)
             self.A_log = nn.Parameter(rate.log())
-            logs = torch.empty(num_decays).uniform_(math.log(SMALLEST_STEP), math.log(LARGEST_STEP))
+            smallest, largest = SMALLEST_STEP, LARGEST_STEP
+            if carried:
+                smallest, largest = SMALLEST_CARRIED_STEP, LARGEST_CARRIED_STEP
+            logs = torch.empty(num_decays).uniform_(math.log(smallest), math.log(largest))
             self.dt_bias = nn.Parameter(_inverse_softplus(logs.exp()))
             for parameter in (self.A_log, self.dt_bias):
                 parameter._no_weight_decay = True  # type: ignore[attr-defined]

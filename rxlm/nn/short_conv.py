@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rxlm.errors import UserError
+
 
 class ShortConvolution(nn.Module):
     """One filter of W tokens a channel, without bias, then SiLU.
@@ -54,15 +56,42 @@ class ShortConvolution(nn.Module):
                 recent = x.new_zeros(x.shape[0], width - 1, x.shape[2])
             inputs = torch.cat((recent, x), dim=1)
             last = _last_inputs(inputs, key_mask, length, width)
+        return self._convolve(inputs, length), last
+
+    def over_chunks(self, x: Tensor, begins: Tensor) -> Tensor:
+        """Convolve sequences that are cut into chunks, some of which begin anew. Causal only.
+
+        Args:
+            x: ``[B, N * C, channels]``, N chunks of C >= W - 1 tokens.
+            begins: ``[B, N]`` bool, whether the chunk sees nothing of the one before.
+
+        Returns:
+            As :meth:`forward`, ``[B, N * C, channels]``.
+        """
+        width = self.weight.shape[1]
+        size = x.shape[1] // begins.shape[1]
+        if size < width - 1:
+            raise UserError(
+                f"conv_size={width} reaches over more than one chunk of {size} tokens: use "
+                f"conv_size <= {size + 1}."
+            )
+        chunks = x.unflatten(1, (begins.shape[1], -1))
+        tails = chunks[:, :-1, chunks.shape[2] - width + 1 :]
+        tails = F.pad(tails, (0, 0, 0, 0, 1, 0)).masked_fill(begins[..., None, None], 0.0)
+        inputs = torch.cat((tails, chunks), dim=2).flatten(0, 1)
+        return self._convolve(inputs, chunks.shape[2]).view_as(x)
+
+    def _convolve(self, inputs: Tensor, length: int) -> Tensor:
         # Sums of shifted products: no transposition of the channels, and faster than a grouped
         # convolution on a CPU.
-        weight = self.weight.to(x.dtype)
+        width = self.weight.shape[1]
+        weight = self.weight.to(inputs.dtype)
         convolved = inputs[:, :length] * weight[:, 0]
         for offset in range(1, width):
             convolved = torch.addcmul(
                 convolved, inputs[:, offset : offset + length], weight[:, offset]
             )
-        return F.silu(convolved), last
+        return F.silu(convolved)
 
 
 class RealTokensFirst:

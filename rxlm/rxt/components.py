@@ -7,9 +7,9 @@ Shapes: B batch, T tokens, P past and present tokens, L layers, S slots, D width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,15 @@ from rxlm.nn.attention import KeyValue
 from rxlm.nn.checkpointing import recompute
 from rxlm.nn.memory_driven import MemoryCondition
 from rxlm.nn.recurrent_cache import CarriedLayer, CarriedState, RecurrentCache
+from rxlm.nn.turn_layout import TurnLayout
 from rxlm.ops.attention import visible_keys
 from rxlm.ops.rotary import rotary_phases, token_positions
 from rxlm.rxt.attention_heads import LINEAR_KINDS, MEMORY_DRIVEN_KIND
 from rxlm.rxt.config import HeadCounts, MemoryAttentionConfig, RxTComponentConfig
 from rxlm.rxt.conversation import check_carried
 from rxlm.rxt.layers import LayerCache, ReactiveLayer
+
+Kept = TypeVar("Kept")
 
 
 class MemoryReading(NamedTuple):
@@ -100,14 +103,13 @@ class _Component(nn.Module):
         """Use ``embedding`` (the same object) in place of the own one."""
         self.embedding = embedding
 
-    def _run(self, layer: nn.Module, x: Tensor, **inputs: Any) -> tuple[Tensor, LayerCache | None]:
-        """Run a :class:`ReactiveLayer`, checkpointed if so set."""
-        result: tuple[Tensor, LayerCache | None] = (
-            recompute(layer, x, **inputs)
-            if self.checkpoint_layers and self.training
-            else layer(x, **inputs)
-        )
-        return result
+    def _run(
+        self, layer: Callable[..., tuple[Tensor, Kept]], x: Tensor, **inputs: Any
+    ) -> tuple[Tensor, Kept]:
+        """Run a :class:`ReactiveLayer`, or a method of one, checkpointed if so set."""
+        if self.checkpoint_layers and self.training:
+            return recompute(layer, x, **inputs)
+        return layer(x, **inputs)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.embedding(ids) * self.config.embed_dim**0.5
@@ -306,8 +308,7 @@ class RxTDecoder(_Component):
     def forward_turns(
         self,
         ids: Tensor,
-        key_mask: Tensor,
-        num_turns: int,
+        layout: TurnLayout,
         *,
         memory: MemoryReading | None = None,
         carried: CarriedState | None = None,
@@ -319,47 +320,55 @@ class RxTDecoder(_Component):
         computed one after the other.
 
         Args:
-            ids: ``[N * B, T]``, flat turn ``n * B + b``.
-            key_mask: ``[N * B, T]`` bool, True at real tokens; a turn without any leaves its
-                conversation as it is.
-            num_turns: N.
-            memory: what each flat turn reads, from :meth:`read_memory`; None = no memory.
+            ids: ``[B, P]``, the tokens in their ``layout``.
+            layout: where the N turns begin; one without tokens leaves its conversation as it is.
+            memory: what each flat turn ``n * B + b`` reads, from :meth:`read_memory`; None = no
+                memory.
             carried: of the B conversations before their first turn here; None = nothing.
             backprop_turns: cut the gradient of the carried state after so many turns; None =
                 never.
 
         Returns:
-            hidden states ``[N * B, T, D]``, and what is carried before each turn and after the
-            last, states ``[R, (N + 1) * B, HV, K, V]`` with flat index ``m * B + b`` after m turns.
+            hidden states ``[B, P, D]``, and what is carried before each turn and after the last,
+            states ``[R, (N + 1) * B, HV, K, V]`` with flat index ``m * B + b`` after m turns.
         """
-        mask = None
-        if self._has_keys:
-            length = ids.shape[1]
-            mask = visible_keys(key_mask, length, length, causal=True, device=ids.device)
-        phases = self._phases(token_positions(key_mask, ids.shape[1], ids.device))
-        carried_layers = self._carried_layers(carried, ids.shape[0] // num_turns, None)
+        if len(self._carrying) < len(self.layers):
+            turn_mask = layout.turn_mask
+            length, device = layout.longest, ids.device
+            mask = visible_keys(turn_mask, length, length, causal=True, device=device)
+            turn_phases = self._phases(token_positions(turn_mask, length, device))
+        phases = self._phases(layout.position)
+        carried_layers = self._carried_layers(carried, ids.shape[0], None)
         x = self._embed(ids)
         histories: list[CarriedLayer] = []
-        for index, module in enumerate(self.layers):
-            layer = cast(ReactiveLayer, module)
+        for index, layer in enumerate(self.layers):
             reading: dict[str, Any] = {
-                "phases": phases,
-                "key_mask": key_mask,
                 "memory": memory.layers[index] if memory is not None and memory.layers else None,
                 "memory_mask": None if memory is None else memory.mask,
                 "condition": memory.conditions[index] if memory and memory.conditions else None,
             }
             if index in self._carrying:
-                x, history = layer.forward_turns(
+                x, history = self._run(
+                    cast(ReactiveLayer, layer).forward_turns,
                     x,
-                    num_turns=num_turns,
+                    layout=layout,
+                    phases=phases,
                     carried=carried_layers.get(index),
                     backprop_turns=backprop_turns,
                     **reading,
                 )
                 histories.append(history)
             else:
-                x, _ = layer(x, mask=mask, **reading)
+                # Other layers know one turn only: as a padded batch of turns.
+                turns, _ = self._run(
+                    layer,
+                    layout.unpack(x),
+                    mask=mask,
+                    phases=turn_phases,
+                    key_mask=turn_mask,
+                    **reading,
+                )
+                x = layout.pack(turns)
         return self.head_norm(x), CarriedState(
             torch.stack([history.state.flatten(0, 1) for history in histories]),
             histories[0].started.flatten(),

@@ -17,6 +17,7 @@ from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttentio
 from rxlm.nn.memory_driven import MemoryCondition
 from rxlm.nn.norms import make_norm
 from rxlm.nn.recurrent_cache import CarriedLayer, RecurrentCache
+from rxlm.nn.turn_layout import TurnLayout
 from rxlm.rxt.attention_heads import LINEAR_KINDS, MEMORY_DRIVEN_KIND
 from rxlm.rxt.config import RxTComponentConfig
 
@@ -162,8 +163,7 @@ class ReactiveLayer(nn.Module):
         self,
         x: Tensor,
         *,
-        key_mask: Tensor,
-        num_turns: int,
+        layout: TurnLayout,
         phases: Tensor | None,
         memory: KeyValue | None = None,
         memory_mask: Tensor | None = None,
@@ -171,18 +171,42 @@ class ReactiveLayer(nn.Module):
         carried: CarriedLayer | None = None,
         backprop_turns: int | None = None,
     ) -> tuple[Tensor, CarriedLayer]:
-        """Run a layer that carries a state over whole turns ``[N * B, T, D]``, in their order.
+        """Run a layer that carries a state over whole turns, in their order.
 
-        Arguments are those of :meth:`forward`, for N * B flat turns (``n * B + b``); ``carried``
-        is that of the B conversations before the first. See
-        :meth:`rxlm.nn.linear_attention.LinearSelfAttention.forward_turns`.
+        Args:
+            x: ``[B, P, D]``, the tokens in their ``layout``.
+            layout: where the turns begin.
+            phases: rotary phases of the places in their turns, ``[B, P, K/2]``; None without
+                rotary embedding.
+            memory: of each flat turn, as for :meth:`forward`.
+            memory_mask: of each flat turn.
+            condition: of each flat turn.
+            carried: of the B conversations before their first turn.
+            backprop_turns: cut the gradient of the state after so many turns; None = never.
+
+        Returns:
+            ``[B, P, D]`` and what is carried, see
+            :meth:`rxlm.nn.linear_attention.LinearSelfAttention.forward_turns`.
         """
         attention = self.self_attention
         assert isinstance(attention, LinearSelfAttention)
         mixed, history = attention.forward_turns(
-            self.norm_self(x), key_mask, num_turns, condition, carried, backprop_turns
+            self.norm_self(x), layout, condition, carried, backprop_turns
         )
-        return self._after_self_attention(x, mixed, phases, memory, memory_mask), history
+        # Chunks are rows from here on: each reads the memory of its turn.
+        chunks, place = layout.turn.shape[1], layout.place
+        if memory is not None:
+            memory = KeyValue(*(part.index_select(0, place) for part in memory))
+        if memory_mask is not None:
+            memory_mask = memory_mask.index_select(0, place)
+
+        def rows(part: Tensor) -> Tensor:
+            return part.unflatten(1, (chunks, -1)).flatten(0, 1)
+
+        x = self._after_self_attention(
+            rows(x), rows(mixed), None if phases is None else rows(phases), memory, memory_mask
+        )
+        return x.unflatten(0, layout.turn.shape).flatten(1, 2), history
 
     def _after_self_attention(
         self,

@@ -5,8 +5,8 @@ memory is then scanned turn by turn (small tensors), and with the memory before 
 all answers are predicted in one batch. A decoder that carries a state reads every turn
 (:func:`decode_turns`), also in one batch but for the states, which follow one another. Gradients
 flow through the whole scan; the one setting that cuts them is ``backprop_turns``.
-``checkpoint_turns`` changes no result: what happens inside a turn is then not kept for the backward
-pass but computed again, one turn at a time, so that long windows fit into memory.
+``checkpoint_turns`` changes no number: what happens inside a turn is then not kept for the backward
+pass but computed again, so that long windows fit into memory.
 
 Shapes: L layers, B dialogues, N turns, R rows, T tokens, S slots, D width, V vocabulary.
 """
@@ -14,7 +14,7 @@ Shapes: L layers, B dialogues, N turns, R rows, T tokens, S slots, D width, V vo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from rxlm.memory.attention import MemoryAttention
 from rxlm.nn.attention import KeyValue
 from rxlm.nn.checkpointing import recompute
 from rxlm.nn.recurrent_cache import CarriedState
+from rxlm.nn.turn_layout import TurnLayout
 from rxlm.rxt.components import RxTDecoder, RxTEncoder
 from rxlm.rxt.dialogues import GROUPS, DialogueBatch, Rows
 
@@ -53,11 +54,12 @@ class Answers(NamedTuple):
 class DecodedTurns(NamedTuple):
     """Every turn of a batch, read in order by a decoder that carries a state.
 
-    ``hidden``: ``[N * B, T, D]``, flat turn ``n * B + b``; ``carried``: what stood before each turn
-    and after the last, states ``[R, (N + 1) * B, HV, K, V]``, flat index as of the memories.
+    ``hidden``: ``[B, P, D]``, its tokens where ``layout`` says; ``carried``: what stood before each
+    turn and after the last, states ``[R, (N + 1) * B, HV, K, V]``, flat index as of the memories.
     """
 
     hidden: Tensor
+    layout: TurnLayout
     carried: CarriedState
 
 
@@ -137,73 +139,35 @@ def decode_turns(
             the memory; None = never.
         checkpoint_turns: see the module.
     """
-    ids, mask = _turns_in_order(batch)
-    if checkpoint_turns:
-        return _decode_turn_by_turn(decoder, batch, ids, mask, read, backprop_turns)
-    hidden, carried = decoder.forward_turns(
-        ids,
-        mask,
-        batch.num_turns,
-        memory=decoder.read_memory(*read(torch.arange(len(ids), device=ids.device))),
-        backprop_turns=backprop_turns,
+    ids, layout = _turns_in_order(batch)
+    places = torch.arange(batch.num_turns * batch.num_dialogues, device=ids.device)
+
+    def decode(slots: Tensor, slot_mask: Tensor | None) -> tuple[Tensor, CarriedState]:
+        return decoder.forward_turns(
+            ids,
+            layout,
+            memory=decoder.read_memory(slots, slot_mask),
+            backprop_turns=backprop_turns,
+        )
+
+    read_at = read(places)
+    hidden, carried = recompute(decode, *read_at) if checkpoint_turns else decode(*read_at)
+    return DecodedTurns(hidden, layout, carried)
+
+
+def _turns_in_order(batch: DialogueBatch) -> tuple[Tensor, TurnLayout]:
+    """Return the ids of all turns ``[B, P]``, and where they stand."""
+    lengths = torch.zeros(
+        batch.num_turns * batch.num_dialogues, dtype=torch.long, device=batch.encode[0].ids.device
     )
-    return DecodedTurns(hidden, carried)
-
-
-def _decode_turn_by_turn(
-    decoder: RxTDecoder,
-    batch: DialogueBatch,
-    ids: Tensor,
-    mask: Tensor,
-    read: Reader,
-    backprop_turns: int | None,
-) -> DecodedTurns:
-    """Do what :func:`decode_turns` does while keeping no more than the states between turns."""
-    longest, shape = ids.shape[-1], (batch.num_turns, batch.num_dialogues)
-    ids, mask = ids.unflatten(0, shape), mask.unflatten(0, shape)
-    places = torch.arange(shape[0] * shape[1], device=ids.device).view(shape)
-    carried = cast(CarriedState, decoder.nothing_carried(batch.num_dialogues))
-    hidden, history = [], [carried]
-    for turn, length in enumerate(mask.sum(dim=-1).amax(dim=-1).tolist()):
-        if backprop_turns is not None and turn and turn % backprop_turns == 0:
-            carried = carried.detach()
-        turn_inputs = (ids[turn, :, :length], mask[turn, :, :length], *read(places[turn]), carried)
-        new, carried = recompute(_decode_turn, decoder, *turn_inputs)
-        hidden.append(torch.nn.functional.pad(new, (0, 0, 0, longest - length)))
-        history.append(carried)
-    return DecodedTurns(
-        torch.cat(hidden),
-        CarriedState(
-            torch.cat([item.states for item in history], dim=1),
-            torch.cat([item.started for item in history]),
-        ),
-    )
-
-
-def _decode_turn(
-    decoder: RxTDecoder,
-    ids: Tensor,
-    mask: Tensor,
-    slots: Tensor,
-    slot_mask: Tensor | None,
-    carried: CarriedState,
-) -> tuple[Tensor, CarriedState]:
-    """Read one turn; return its hidden states and what is carried on."""
-    reading = decoder.read_memory(slots, slot_mask)
-    hidden, cache = decoder(ids, mask, memory=reading, carried=carried)
-    return hidden, cast(CarriedState, decoder.carry(cache, carried))
-
-
-def _turns_in_order(batch: DialogueBatch) -> tuple[Tensor, Tensor]:
-    """Return ids and mask of all turns, ``[N * B, T]``; turns that do not exist are all False."""
-    longest = max(rows.ids.shape[1] for rows in batch.encode)
-    ids = batch.encode[0].ids.new_zeros(batch.num_turns * batch.num_dialogues, longest)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
     for rows in batch.encode:
-        length = rows.ids.shape[1]
-        ids[rows.place, :length] = rows.ids
-        mask[rows.place, :length] = rows.mask
-    return ids, mask
+        lengths[rows.place] = rows.mask.sum(dim=1)
+    layout = TurnLayout.of_lengths(lengths.unflatten(0, (batch.num_turns, batch.num_dialogues)))
+    ids = torch.zeros_like(layout.position)
+    for rows in batch.encode:
+        row, position = rows.mask.nonzero(as_tuple=True)
+        ids.view(-1)[layout.index_of(rows.place[row], position)] = rows.ids[row, position]
+    return ids, layout
 
 
 def answer_rows(
@@ -278,7 +242,8 @@ def _answer_in_order(
     is_probe = rows.group == GROUPS.index("probe")
     told = ~is_probe[row]
     told_row, told_position = row[told], position[told]
-    hidden = decoded.hidden[rows.place[told_row], told_position]
+    index = decoded.layout.index_of(rows.place[told_row], told_position)
+    hidden = decoded.hidden.flatten(0, 1)[index]
     answers = _answers(rows, decoder.logits(hidden), told_row, told_position)
     (probes,) = is_probe.nonzero(as_tuple=True)
     if not len(probes):

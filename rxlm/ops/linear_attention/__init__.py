@@ -16,7 +16,7 @@ from rxlm.ops.linear_attention.mechanisms import (
     gated_deltanet,
     gla,
     kda,
-    kda_over_turns,
+    kda_with_starts,
     l2_normalize,
 )
 
@@ -26,7 +26,7 @@ __all__ = [
     "deltanet",
     "gated_deltanet",
     "kda",
-    "kda_over_turns",
+    "kda_with_starts",
     "LinearAttentionResult",
     "l2_normalize",
     # what there is, and what runs

@@ -53,74 +53,63 @@ def chunked(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Ten
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
 
 
-class TurnStarts(NamedTuple):
-    """What happens to the state when a turn begins: ``state <- keep * state + added``.
+class ChunkStarts(NamedTuple):
+    """What happens to the state before each chunk: ``state <- keep * state + added``.
 
     Attributes:
-        keep: ``[N, B, H]``, N turns.
-        added: ``[N, B, H, K, V]``.
-        backprop_turns: the gradient of the state is cut after so many turns; None = never.
+        keep: ``[B, N, H]``.
+        added: ``[B, N, H, K, V]``.
+        cut: bool ``[B, N]``, where the gradient of the state is cut; None = nowhere.
     """
 
     keep: Tensor
     added: Tensor
-    backprop_turns: int | None = None
+    cut: Tensor | None = None
 
 
-def chunked_turns(
-    tokens: Tokens, state: Tensor, starts: TurnStarts, chunk_size: int
+def chunked_with_starts(
+    tokens: Tokens, state: Tensor, starts: ChunkStarts
 ) -> tuple[Tensor, Tensor]:
-    """Run over the turns of conversations in order: all turns are solved at once.
-
-    As :func:`chunked` over the turns one after the other, with the state changed in between.
+    """Run over all tokens by the delta rule, with the state changed between chunks.
 
     Args:
-        tokens: of N turns of B conversations with the delta rule, ``[N * B, T, ...]``, flat turn
-            ``n * B + b``, as :func:`~rxlm.ops.linear_attention.inputs.for_torch` returns them.
-        state: ``[B, H, K, V]``, what the first turn is given.
-        starts: what becomes of it at the start of each turn.
-        chunk_size: C, a power of two.
+        tokens: as for :func:`chunked`, T = N * C tokens, C a power of two.
+        state: ``[B, H, K, V]``.
+        starts: of the N chunks.
 
     Returns:
-        Outputs ``[N * B, T, H, V]``; the states ``[N + 1, B, H, K, V]`` before each turn (before
-        its start changes it) and after the last.
+        Outputs ``[B, T, H, V]``; the states ``[N + 1, B, H, K, V]`` before each chunk (before its
+        start changes it) and after the last.
     """
-    num_turns, batch, num_heads = starts.keep.shape
-    length, value_dim = tokens.value.shape[1], tokens.value.shape[3]
-    while chunk_size >= 2 * length:
-        chunk_size //= 2
-    chunks_per_turn = -(-length // chunk_size)
+    batch, num_chunks, num_heads = starts.keep.shape
+    value_dim = tokens.value.shape[3]
+    chunk_size = tokens.value.shape[1] // num_chunks
     assert tokens.log_decay is not None and tokens.write_strength is not None
-    query, key, value, log_decay, strength = (
-        _to_chunks(tensor, chunk_size, num_turns)
-        for tensor in (
-            tokens.query,
-            tokens.key,
-            tokens.value,
-            tokens.log_decay,
-            tokens.write_strength.unsqueeze(-1),
-        )
+    pairs, solved = _solve(
+        _to_chunks(tokens.query, chunk_size),
+        _to_chunks(tokens.key, chunk_size),
+        _to_chunks(tokens.value, chunk_size),
+        _to_chunks(tokens.log_decay, chunk_size),
+        _to_chunks(tokens.write_strength.unsqueeze(-1), chunk_size),
     )
-    pairs, solved = _solve(query, key, value, log_decay, strength)
-    keep = starts.keep.flatten(1)[..., None, None].unbind(0)
-    added = starts.added.flatten(1, 2).unbind(0)
-    history: list[Tensor] = []
+    keep = starts.keep.transpose(0, 1).flatten(1)[..., None, None].unbind(0)
+    added = starts.added.transpose(0, 1).flatten(1, 2).unbind(0)
+    cuts = None
+    if starts.cut is not None:
+        cuts = starts.cut.T.repeat_interleave(num_heads, dim=1)[..., None, None].unbind(0)
+    before: list[Tensor] = []
 
-    def begin_turn(chunk: int, state: Tensor) -> Tensor:
-        turn, rest = divmod(chunk, chunks_per_turn)
-        if rest:
-            return state
-        history.append(state)
-        cut = starts.backprop_turns
-        if cut is not None and turn and turn % cut == 0:
-            state = state.detach()
-        return torch.addcmul(added[turn], keep[turn], state)
+    def begin_chunk(number: int, state: Tensor) -> Tensor:
+        before.append(state)
+        if cuts is not None:
+            state = torch.where(cuts[number], state.detach(), state)
+        return torch.addcmul(added[number], keep[number], state)
 
-    entry_states, written, state = _scan_delta_rule(pairs, solved, state.flatten(0, 1), begin_turn)
+    entry_states, written, state = _scan_delta_rule(pairs, solved, state.flatten(0, 1), begin_chunk)
     output = _read(pairs, entry_states, written)
-    output = output.view(num_turns, chunks_per_turn, batch, num_heads, chunk_size, value_dim)
-    output = output.permute(0, 2, 1, 4, 3, 5).flatten(2, 3).flatten(0, 1)[:, :length]
-    return output, torch.stack([*history, state]).unflatten(1, (batch, num_heads))
+    output = output.view(num_chunks, batch, num_heads, chunk_size, value_dim)
+    output = output.permute(1, 0, 3, 2, 4).flatten(1, 2)
+    return output, torch.stack([*before, state]).unflatten(1, (batch, num_heads))
 
 
 def _segment(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
@@ -167,16 +156,13 @@ def _read(pairs: DecayedPairs, entry_states: Tensor, written: Tensor) -> Tensor:
     return torch.baddbmm(pairs.rows[:, 0] @ entry_states, pairs.matrix[:, 0], written)
 
 
-def _to_chunks(tensor: Tensor, chunk_size: int, num_turns: int = 1) -> Tensor:
-    """Reorder ``[num_turns * B, T, H, X]`` to ``[M, C, X]``, in the order in which chunks follow.
-
-    Missing tokens are zeros, which change nothing.
-    """
+def _to_chunks(tensor: Tensor, chunk_size: int) -> Tensor:
+    """Reorder ``[B, T, H, X]`` to ``[M, C, X]``; missing tokens are zeros, which change nothing."""
     missing = -tensor.shape[1] % chunk_size
     if missing:
         tensor = F.pad(tensor, (0, 0, 0, 0, 0, missing))
-    turns = tensor.unflatten(1, (-1, chunk_size)).unflatten(0, (num_turns, -1))
-    return turns.permute(0, 2, 1, 4, 3, 5).reshape(-1, chunk_size, tensor.shape[-1])
+    chunks = tensor.unflatten(1, (-1, chunk_size)).permute(1, 0, 3, 2, 4)
+    return chunks.reshape(-1, chunk_size, tensor.shape[-1])
 
 
 def _scan_additive(pairs: DecayedPairs, value: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,20 +63,13 @@ class Tokens:
     write_strength: Tensor | None
 
     def split(self, size: int) -> list[Tokens]:
-        """Cut into pieces of ``size`` tokens (the last may be shorter), at least one."""
-        return self._split(size, dim=1)
+        """Cut into pieces of ``size`` tokens (the last may be shorter), at least one.
 
-    def rows(self, size: int) -> list[Tokens]:
-        """Cut into runs of ``size`` rows."""
-        return self._split(size, dim=0)
-
-    def _split(self, size: int, dim: int) -> list[Tokens]:
-        """Cut in one operation: the backward pass of a slice fills the whole tensor with zeros.
-
-        Slicing piece by piece would take quadratic time.
+        In one operation for all pieces: the backward pass of a slice fills the whole sequence with
+        zeros, so slicing piece by piece would take quadratic time.
         """
         parts = [
-            None if tensor is None else tensor.split(size, dim=dim)
+            None if tensor is None else tensor.split(size, dim=1)
             for tensor in (self.query, self.key, self.value, self.log_decay, self.write_strength)
         ]
         query, key, value, log_decay, write_strength = parts

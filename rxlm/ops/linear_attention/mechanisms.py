@@ -23,12 +23,13 @@ from torch import Tensor
 from rxlm.errors import UserError
 from rxlm.ops.linear_attention.backends import (
     Backend,
+    BackendChoice,
     Form,
     log_choice,
     run_fla,
     select_backend,
 )
-from rxlm.ops.linear_attention.chunk import TurnStarts, chunked, chunked_turns
+from rxlm.ops.linear_attention.chunk import ChunkStarts, chunked, chunked_with_starts
 from rxlm.ops.linear_attention.inputs import (
     MECHANISMS,
     Tokens,
@@ -40,8 +41,6 @@ from rxlm.ops.linear_attention.inputs import (
 from rxlm.ops.linear_attention.recurrent import recurrent, step
 
 DEFAULT_CHUNK_SIZE = 64
-DEFAULT_TURN_CHUNK_SIZE = 16
-"""Turns are short and padded to whole chunks."""
 
 
 class LinearAttentionResult(NamedTuple):
@@ -215,7 +214,7 @@ def kda(
     return _attend("kda", tokens, initial_state, key_mask, scale, form, chunk_size, backend)
 
 
-def kda_over_turns(
+def kda_with_starts(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -224,94 +223,69 @@ def kda_over_turns(
     *,
     keep: Tensor,
     added: Tensor,
+    cut: Tensor | None = None,
     initial_state: Tensor | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
-    chunk_size: int = DEFAULT_TURN_CHUNK_SIZE,
-    backend: Backend = "auto",
-    backprop_turns: int | None = None,
 ) -> LinearAttentionResult:
-    """KDA over the turns of conversations, whose state is changed where a turn begins.
+    """KDA whose state is changed at given places: where a turn of a conversation begins.
 
-    The same as :func:`kda` for one turn after the other, each with ``initial_state = keep *
-    (state after the turn before) + added``; but what does not depend on the state is computed for
-    all turns at once. fla has no such kernel: there the turns run one after the other.
+    The same as :func:`kda` for one chunk of tokens after the other, each with ``initial_state =
+    keep * (state after the chunk before) + added``, but what does not depend on the state is
+    computed for all chunks at once. In PyTorch on every device: fla has no such kernel.
 
     Args:
-        query: ``[N * B, T, H, K]``: N turns of B conversations, flat turn ``n * B + b``.
-        key: ``[N * B, T, H, K]``, of length 1.
-        value: ``[N * B, T, HV, V]``.
-        log_decay: ``[N * B, T, HV, K]``, natural logarithms <= 0.
-        write_strength: ``[N * B, T, HV]``.
-        keep: ``[N, B, HV]``, factor on the state at the start of each turn.
-        added: ``[N, B, HV, K, V]``, what is added to it there.
-        initial_state: ``[B, HV, K, V]`` before the first turn; None for an empty one.
-        key_mask: ``[N * B, T]`` bool, True at real tokens.
+        query: ``[B, T, H, K]``, T a multiple of the N chunks; a chunk has a power of two tokens.
+        key: ``[B, T, H, K]``, of length 1.
+        value: ``[B, T, HV, V]``.
+        log_decay: ``[B, T, HV, K]``, natural logarithms <= 0.
+        write_strength: ``[B, T, HV]``.
+        keep: ``[B, N, HV]``, factor on the state before each chunk; 1 where nothing happens.
+        added: ``[B, N, HV, K, V]``, what is added to it there; 0 where nothing happens.
+        cut: bool ``[B, N]``, where the gradient of the state is cut; None = nowhere.
+        initial_state: ``[B, HV, K, V]`` before the first chunk; None for an empty one.
+        key_mask: ``[B, T]`` bool, True at real tokens.
         scale: factor on the queries; default ``K**-0.5``.
-        chunk_size: as of :func:`kda`.
-        backend: as of :func:`kda`.
-        backprop_turns: cut the gradient of the state after so many turns; None = never.
 
     Returns:
-        Output ``[N * B, T, HV, V]``, and as ``final_state`` all states ``[N + 1, B, HV, K, V]``:
-        before each turn, before its start changes it, and after the last.
+        Output ``[B, T, HV, V]``, and as ``final_state`` all states ``[N + 1, B, HV, K, V]``:
+        before each chunk, before its start changes it, and after the last.
 
     Raises:
-        UserError: as :func:`gla`, and if ``keep`` and ``added`` do not fit.
+        UserError: as :func:`gla`, and if ``keep``, ``added`` or ``cut`` do not fit.
     """
     mechanism = MECHANISMS["kda"]
     tokens = Tokens(query, key, value, log_decay, write_strength)
-    check(mechanism, tokens, None, key_mask)
-    batch = _batch_of_turns(tokens, keep, added, initial_state)
-    _check_chunk_size("kda", chunk_size)
-    choice = select_backend(
-        "kda", backend=backend, device=query.device, dtype=query.dtype, key_dim=query.shape[3]
-    )
-    log_choice("kda", "turns", choice)
+    check(mechanism, tokens, initial_state, key_mask)
+    _check_starts(tokens, keep, added, cut)
+    log_choice("kda", "with starts", BackendChoice("torch", "fla has no kernel for it"))
     tokens = ignore_padding(tokens, key_mask)
     check_gates(mechanism, tokens.log_decay)
-    if initial_state is None:
-        initial_state = torch.zeros_like(added[0])
-    if choice.name == "fla":
-        outputs, states = [], [initial_state]
-        for turn, part in enumerate(tokens.rows(batch)):
-            state = states[-1]
-            if backprop_turns is not None and turn and turn % backprop_turns == 0:
-                state = state.detach()
-            state = torch.addcmul(added[turn], keep[turn][..., None, None], state)
-            output, state = run_fla("kda", "chunk", part, state, scale)
-            outputs.append(output)
-            states.append(state)
-        return LinearAttentionResult(torch.cat(outputs), torch.stack(states))
     with torch.autocast(device_type=query.device.type, enabled=False):
-        prepared, _ = for_torch(tokens, None, scale)
-        dtype = prepared.value.dtype
-        starts = TurnStarts(keep.to(dtype), added.to(dtype), backprop_turns)
-        output, states_of = chunked_turns(prepared, initial_state.to(dtype), starts, chunk_size)
-    return LinearAttentionResult(output.to(query.dtype), states_of)
+        prepared, state = for_torch(tokens, initial_state, scale)
+        starts = ChunkStarts(keep.to(state.dtype), added.to(state.dtype), cut)
+        output, states = chunked_with_starts(prepared, state, starts)
+    return LinearAttentionResult(output.to(query.dtype), states)
 
 
-def _batch_of_turns(
-    tokens: Tokens, keep: Tensor, added: Tensor, initial_state: Tensor | None
-) -> int:
-    rows, length, heads, value_dim = tokens.value.shape
-    key_dim = tokens.query.shape[3]
-    if keep.ndim != 3 or keep.shape[0] * keep.shape[1] != rows or keep.shape[2] != heads:
-        raise UserError(
-            f"kda: keep has shape {list(keep.shape)}, expected [turns, conversations, {heads}] "
-            f"for {rows} rows of value."
-        )
-    num_turns, batch, _ = keep.shape
-    wanted = [num_turns, batch, heads, key_dim, value_dim]
-    if list(added.shape) != wanted:
-        raise UserError(f"kda: added has shape {list(added.shape)}, expected {wanted}.")
-    if initial_state is not None and list(initial_state.shape) != wanted[1:]:
-        raise UserError(
-            f"kda: initial_state has shape {list(initial_state.shape)}, expected {wanted[1:]}."
-        )
-    if length == 0:
-        raise UserError("kda: turns without tokens; leave them out.")
-    return batch
+def _check_starts(tokens: Tokens, keep: Tensor, added: Tensor, cut: Tensor | None) -> None:
+    batch, length, heads, value_dim = tokens.value.shape
+    num_chunks = keep.shape[1] if keep.ndim == 3 else 0
+    wanted = {
+        "keep": (keep, [batch, num_chunks, heads]),
+        "added": (added, [batch, num_chunks, heads, tokens.query.shape[3], value_dim]),
+        "cut": (cut, [batch, num_chunks]),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and (not num_chunks or list(tensor.shape) != shape):
+            shape[1] = num_chunks or -1
+            raise UserError(
+                f"kda: {name} has shape {list(tensor.shape)}, expected {shape} ([batch, chunks, "
+                "...])."
+            )
+    if length % num_chunks:
+        raise UserError(f"kda: {length} tokens are not a multiple of the {num_chunks} chunks.")
+    _check_chunk_size("kda", length // num_chunks)
 
 
 def l2_normalize(vectors: Tensor, eps: float = 1e-6) -> Tensor:
