@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rxlm.errors import UserError
 from rxlm.nn.attention import Attention, AttentionSettings, KeyValue
+from rxlm.nn.feature_map_attention import FeatureMapAttention, FeatureMapSettings
 from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention, Mode
 from rxlm.ops.attention import visible_keys
 from rxlm.ops.rotary import rotary_phases
@@ -251,3 +252,38 @@ def _gated_deltanet(settings: MixerSettings) -> nn.Module:
 @register_mixer("kda", cost="linear", summary="Kimi delta attention: decay per channel")
 def _kda(settings: MixerSettings) -> nn.Module:
     return _linear("kda", 1.0, settings)
+
+
+def _feature_map(feature_map: str, settings: MixerSettings) -> nn.Module:
+    heads, widths = settings.num_heads, {}
+    for field in ("expand_k", "expand_v"):
+        factor = getattr(settings, field)
+        width = settings.dim * (1 if factor is None else factor)
+        widths[field] = None if factor is None else int(width) // heads
+        needed = field == "expand_v" or factor is not None
+        if needed and (width != int(width) or int(width) % heads):
+            raise UserError(
+                f"{feature_map}: {field} x dim={settings.dim} is {width:g}, not divisible by "
+                f"num_heads={heads}."
+            )
+    return FeatureMapAttention(
+        FeatureMapSettings(
+            dim=settings.dim,
+            num_heads=heads,
+            feature_map=feature_map,
+            feature_dim=widths["expand_k"],
+            value_dim=widths["expand_v"],
+            mode=settings.mode,
+            conv_size=settings.conv_size,
+        )
+    )
+
+
+@register_mixer("elu", cost="linear", summary="feature-map attention with elu(x) + 1, normalised")
+def _elu(settings: MixerSettings) -> nn.Module:
+    return _feature_map("elu", settings)
+
+
+@register_mixer("taylor", cost="linear", summary="feature-map attention, exp to second order")
+def _taylor(settings: MixerSettings) -> nn.Module:
+    return _feature_map("taylor", settings)
