@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from rxlm.errors import UserError
 from rxlm.nn.attention import Attention, AttentionSettings, KeyValue
-from rxlm.nn.feature_map_attention import FeatureMapAttention, FeatureMapSettings
+from rxlm.nn.based import BasedMixer, BasedSettings, GatedConvolution
+from rxlm.nn.feature_map_attention import TAYLOR_DIM, FeatureMapAttention, FeatureMapSettings
 from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention, Mode
 from rxlm.ops.attention import visible_keys
 from rxlm.ops.rotary import rotary_phases
@@ -205,27 +206,28 @@ def _softmax(settings: MixerSettings) -> nn.Module:
     return SoftmaxMixer(settings)
 
 
+def _head_width(name: str, field: str, factor: float, settings: MixerSettings) -> int:
+    """Return the width of one head, of a total of ``factor`` x D."""
+    width = settings.dim * factor
+    if width != int(width) or int(width) % settings.num_heads:
+        raise UserError(
+            f"{name}: {field} x dim={settings.dim} is {width:g}, not divisible by "
+            f"num_heads={settings.num_heads}."
+        )
+    return int(width) // settings.num_heads
+
+
 def _linear(mechanism: str, expand_k: float, settings: MixerSettings) -> nn.Module:
     heads = settings.num_heads
-    widths = {}
-    for field, given, published in (
-        ("expand_k", settings.expand_k, expand_k),
-        ("expand_v", settings.expand_v, 1.0),
-    ):
-        width = settings.dim * (published if given is None else given)
-        if width != int(width) or int(width) % heads:
-            raise UserError(
-                f"{mechanism}: {field} x dim={settings.dim} is {width:g}, not divisible by "
-                f"num_heads={heads}."
-            )
-        widths[field] = int(width) // heads
+    given_k = expand_k if settings.expand_k is None else settings.expand_k
+    given_v = 1.0 if settings.expand_v is None else settings.expand_v
     return LinearSelfAttention(
         LinearAttentionSettings(
             mechanism=mechanism,
             dim=settings.dim,
             num_heads=heads,
-            key_dim=widths["expand_k"],
-            value_dim=widths["expand_v"],
+            key_dim=_head_width(mechanism, "expand_k", given_k, settings),
+            value_dim=_head_width(mechanism, "expand_v", given_v, settings),
             mode=settings.mode,
             conv_size=settings.conv_size,
             gated=settings.gated,
@@ -255,24 +257,19 @@ def _kda(settings: MixerSettings) -> nn.Module:
 
 
 def _feature_map(feature_map: str, settings: MixerSettings) -> nn.Module:
-    heads, widths = settings.num_heads, {}
-    for field in ("expand_k", "expand_v"):
-        factor = getattr(settings, field)
-        width = settings.dim * (1 if factor is None else factor)
-        widths[field] = None if factor is None else int(width) // heads
-        needed = field == "expand_v" or factor is not None
-        if needed and (width != int(width) or int(width) % heads):
-            raise UserError(
-                f"{feature_map}: {field} x dim={settings.dim} is {width:g}, not divisible by "
-                f"num_heads={heads}."
-            )
+    expand_k, expand_v = settings.expand_k, settings.expand_v
+    key_dim = None
+    if expand_k is not None:
+        key_dim = _head_width(feature_map, "expand_k", expand_k, settings)
     return FeatureMapAttention(
         FeatureMapSettings(
             dim=settings.dim,
-            num_heads=heads,
+            num_heads=settings.num_heads,
             feature_map=feature_map,
-            feature_dim=widths["expand_k"],
-            value_dim=widths["expand_v"],
+            feature_dim=key_dim,
+            value_dim=_head_width(
+                feature_map, "expand_v", 1.0 if expand_v is None else expand_v, settings
+            ),
             mode=settings.mode,
             conv_size=settings.conv_size,
         )
@@ -287,3 +284,39 @@ def _elu(settings: MixerSettings) -> nn.Module:
 @register_mixer("taylor", cost="linear", summary="feature-map attention, exp to second order")
 def _taylor(settings: MixerSettings) -> nn.Module:
     return _feature_map("taylor", settings)
+
+
+@register_mixer(
+    "based", cost="linear", summary="Taylor attention plus a window, after a convolution"
+)
+def _based(settings: MixerSettings) -> nn.Module:
+    if settings.conv_size is None:
+        raise UserError("mixer 'based' begins with a convolution: set conv_size, such as 3.")
+    expand_k, expand_v = settings.expand_k, settings.expand_v
+    key_dim = TAYLOR_DIM
+    if expand_k is not None:
+        key_dim = _head_width("based", "expand_k", expand_k, settings)
+    return BasedMixer(
+        BasedSettings(
+            dim=settings.dim,
+            num_heads=settings.num_heads,
+            window=settings.window,
+            feature_dim=key_dim,
+            value_dim=_head_width(
+                "based", "expand_v", 1.0 if expand_v is None else expand_v, settings
+            ),
+            conv_size=settings.conv_size,
+            rope_base=settings.rope_base if settings.rotary else None,
+            dropout=settings.dropout,
+            mode=settings.mode,
+        )
+    )
+
+
+@register_mixer(
+    "gated_conv", cost="linear", summary="short gated convolution, most layers of Based"
+)
+def _gated_conv(settings: MixerSettings) -> nn.Module:
+    if settings.conv_size is None:
+        raise UserError("mixer 'gated_conv' is a convolution: set conv_size, such as 3.")
+    return GatedConvolution(settings.dim, settings.conv_size)
