@@ -63,7 +63,7 @@ def test_elu_formula_of_the_layer_and_head_merge_order(bidirectional: bool) -> N
     for head in range(3):
         rows = [
             slice(start + head * n, start + (head + 1) * n)
-            for start, n in zip((0, 15, 30), (5, 5, 7))
+            for start, n in ((0, 5), (15, 5), (30, 7))
         ]
         query, key, value = (x @ weights[part].T for part in rows)
         pairs = (nn.functional.elu(query) + 1) @ (nn.functional.elu(key) + 1).mT
