@@ -22,24 +22,23 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rxlm.errors import UserError
-from rxlm.nn.attention import Attention, AttentionSettings, KeyValue
+from rxlm.nn.attention import Attention, AttentionSettings
 from rxlm.nn.feature_map_attention import (
     TAYLOR_DIM,
     FeatureMapAttention,
     FeatureMapSettings,
 )
 from rxlm.nn.linear_attention import Mode
+from rxlm.nn.local_cache import LocalCache, attend_locally, next_positions
 from rxlm.nn.short_conv import RealTokensFirst, ShortConvolution
+from rxlm.ops.local_attention import LocalPattern
 from rxlm.ops.rotary import rotary_phases
 
 Kind = Literal["conv", "taylor", "window"]
 """A kind of layer of the published model."""
-SMALLEST_BLOCK = 64
-"""Queries that a window attends from at once, if it is not longer."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,8 @@ class ConvCache(NamedTuple):
 
     def select(self, rows: Sequence[int] | Tensor) -> ConvCache:
         """Return the sequences ``rows``, in that order; a row may be repeated."""
-        return ConvCache(_select(self.recent, rows))
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.recent.device)
+        return ConvCache(self.recent.index_select(0, index))
 
     def detach(self) -> ConvCache:
         """Return the value outside of every autograd graph."""
@@ -115,33 +115,6 @@ class ConvCache(NamedTuple):
     def num_bytes(self) -> int:
         """Size of the value, independent of how many tokens it stands for."""
         return self.recent.nbytes
-
-
-class WindowCache(NamedTuple):
-    """What a window still sees.
-
-    Attributes:
-        key: ``[B, W - 1, G, K]`` of the last real tokens, the newest last; already rotated.
-        value: ``[B, W - 1, G, K]``.
-        lengths: int ``[B]``, real tokens so far. The last ``min(lengths, W - 1)`` places are used.
-    """
-
-    key: Tensor
-    value: Tensor
-    lengths: Tensor
-
-    def select(self, rows: Sequence[int] | Tensor) -> WindowCache:
-        """Return the sequences ``rows``, in that order; a row may be repeated."""
-        return WindowCache(*(_select(part, rows) for part in self))
-
-    def detach(self) -> WindowCache:
-        """Return the value outside of every autograd graph."""
-        return WindowCache(*(part.detach() for part in self))
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the value, independent of how many tokens it stands for."""
-        return sum(part.nbytes for part in self)
 
 
 class BasedCache(NamedTuple):
@@ -212,7 +185,7 @@ class WindowAttention(nn.Module):
 
     def __init__(self, settings: BasedSettings) -> None:
         super().__init__()
-        self.window, self.rope_base = settings.window, settings.rope_base
+        self.pattern, self.rope_base = LocalPattern.sliding(settings.window), settings.rope_base
         self.attention = Attention(
             AttentionSettings(
                 dim=settings.dim,
@@ -226,18 +199,20 @@ class WindowAttention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, key_mask: Tensor | None = None, cache: WindowCache | None = None
-    ) -> tuple[Tensor, WindowCache]:
+        self, x: Tensor, key_mask: Tensor | None = None, cache: LocalCache | None = None
+    ) -> tuple[Tensor, LocalCache]:
         """Attend from ``x`` ``[B, T, D]``, going on from ``cache``; padding yields zeros.
 
         Args and errors are those of :meth:`GatedConvolution.forward`.
         """
         _check_mask(x, key_mask)
-        if key_mask is not None:
-            order = RealTokensFirst(key_mask)
-            y, cache = _attend_in_window(self, order.pack(x), order.key_mask, cache)
-            return order.unpack(y).masked_fill(~key_mask.unsqueeze(-1), 0.0), cache
-        return _attend_in_window(self, x, None, cache)
+        phases = None
+        if self.rope_base is not None:
+            positions = next_positions(key_mask, x.shape[0], x.shape[1], cache, x.device)
+            phases = rotary_phases(positions, self.attention.settings.head_dim, self.rope_base)
+        y, kept = attend_locally(self.attention, x, self.pattern, phases, key_mask, cache)
+        assert kept is not None  # The pattern is causal.
+        return (y if key_mask is None else y.masked_fill(~key_mask.unsqueeze(-1), 0.0)), kept
 
 
 class BasedBlock(nn.Module):
@@ -327,81 +302,6 @@ def based_layers(num_layers: int) -> tuple[Kind, ...]:
         return cast("tuple[Kind, ...]", ("conv", "taylor", "window", "conv")[:num_layers])
     block: tuple[Kind, ...] = ("conv", "taylor", "window", "conv", "conv")
     return block * (num_layers // 5) + block[:1] * (num_layers % 5)
-
-
-def _attend_in_window(
-    layer: WindowAttention, x: Tensor, key_mask: Tensor | None, cache: WindowCache | None
-) -> tuple[Tensor, WindowCache]:
-    """Attend in blocks of queries, each to itself and the W - 1 keys before it.
-
-    Args:
-        layer: whose weights and window to use.
-        x: ``[B, T, D]``, real tokens first.
-        key_mask: ``[B, T]`` bool, or None for all.
-        cache: what earlier calls left.
-    """
-    batch, length, kept = *x.shape[:2], layer.window - 1
-    settings, device = layer.attention.settings, x.device
-    start = torch.zeros(batch, dtype=torch.long, device=device) if cache is None else cache.lengths
-    steps = torch.arange(length, device=device)
-    phases = None
-    if layer.rope_base is not None:
-        phases = rotary_phases(start[:, None] + steps, settings.head_dim, layer.rope_base)
-    present = layer.attention.project(x, phases)
-    if cache is None:
-        present = KeyValue(*(F.pad(part, (0, 0, 0, 0, kept, 0)) for part in present))
-    else:
-        present = KeyValue(cache.key, cache.value).append(present)
-    block = min(length, max(layer.window, SMALLEST_BLOCK))
-    y = _attend_in_blocks(layer, x, present, phases, kept - start, block)
-    counts = start.new_full((batch,), length) if key_mask is None else key_mask.sum(dim=1)
-    index = (counts[:, None] + torch.arange(kept, device=device))[:, :, None, None]
-    key, value = (torch.take_along_dim(part, index, dim=1) for part in present)
-    return y, WindowCache(key, value, start + counts)
-
-
-def _attend_in_blocks(
-    layer: WindowAttention,
-    x: Tensor,
-    present: KeyValue,
-    phases: Tensor | None,
-    first_used: Tensor,
-    block: int,
-) -> Tensor:
-    """Return what queries ``[B, T, D]`` read of keys at W - 1 + T places.
-
-    Query t stands at place W - 1 + t. Places before ``first_used`` ``[B]`` were never filled; pads
-    come after all real tokens, so that no real query sees one.
-    """
-    batch, length, kept = *x.shape[:2], layer.window - 1
-    missing = -length % block
-    x = F.pad(x, (0, 0, 0, missing))
-    num_blocks = x.shape[1] // block
-    if phases is not None:
-        phases = F.pad(phases, (0, 0, 0, missing)).unflatten(1, (-1, block)).flatten(0, 1)
-    # [B, N, G, K, P] to [B * N, P, G, K], with P = W - 1 + block.
-    key, value = (
-        F.pad(part, (0, 0, 0, 0, 0, missing))
-        .unfold(1, kept + block, block)
-        .flatten(0, 1)
-        .movedim(-1, 1)
-        for part in present
-    )
-    steps = torch.arange(block, device=x.device)[:, None]
-    places = torch.arange(kept + block, device=x.device)
-    band = (places >= steps) & (places <= steps + kept)
-    starts = torch.arange(num_blocks, device=x.device)[:, None] * block
-    used = (starts + places) >= first_used[:, None, None]
-    mask = (band & used.unsqueeze(2)).flatten(0, 1).unsqueeze(1)
-    y = layer.attention(
-        x.unflatten(1, (-1, block)).flatten(0, 1), KeyValue(key, value), mask, phases
-    )
-    return y.unflatten(0, (batch, num_blocks)).flatten(1, 2)[:, :length]
-
-
-def _select(tensor: Tensor, rows: Sequence[int] | Tensor) -> Tensor:
-    index = torch.as_tensor(rows, dtype=torch.long, device=tensor.device)
-    return tensor.index_select(0, index)
 
 
 def _check_mask(x: Tensor, key_mask: Tensor | None) -> None:

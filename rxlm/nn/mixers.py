@@ -27,7 +27,9 @@ from rxlm.nn.attention import Attention, AttentionSettings, KeyValue
 from rxlm.nn.based import BasedMixer, BasedSettings, GatedConvolution
 from rxlm.nn.feature_map_attention import TAYLOR_DIM, FeatureMapAttention, FeatureMapSettings
 from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention, Mode
+from rxlm.nn.local_cache import LocalCache, attend_locally, next_positions
 from rxlm.ops.attention import visible_keys
+from rxlm.ops.local_attention import LocalPattern
 from rxlm.ops.rotary import rotary_phases
 
 Cost = Literal["linear", "quadratic"]
@@ -139,21 +141,8 @@ class SoftmaxMixer(nn.Module):
 
     def __init__(self, settings: MixerSettings) -> None:
         super().__init__()
-        heads = settings.num_heads
-        _check_heads(settings)
         self.rope_base = settings.rope_base if settings.rotary else None
-        self.attention = Attention(
-            AttentionSettings(
-                dim=settings.dim,
-                num_heads=heads,
-                num_key_value_heads=settings.num_key_value_heads or heads,
-                head_dim=settings.dim // heads,
-                rotary="both" if settings.rotary else "none",
-                output_bias=False,
-                dropout=settings.dropout,
-                norm_eps=settings.norm_eps,
-            )
-        )
+        self.attention = _attention(settings)
 
     def forward(
         self, x: Tensor, key_mask: Tensor | None = None, cache: SoftmaxCache | None = None
@@ -186,6 +175,48 @@ class SoftmaxMixer(nn.Module):
         lengths = start + counts[:, -1] if x.shape[1] else start
         y = self.attention(x, present, mask, phases)
         return y, SoftmaxCache(present, all_keys, lengths)
+
+
+class LocalMixer(nn.Module):
+    """Softmax attention to the last ``window`` real tokens, the token itself included."""
+
+    def __init__(self, settings: MixerSettings) -> None:
+        super().__init__()
+        if settings.window < 1:
+            raise UserError(f"window={settings.window}: expected an integer >= 1 (1 = itself).")
+        self.rope_base = settings.rope_base if settings.rotary else None
+        self.pattern = LocalPattern.sliding(settings.window)
+        self.attention = _attention(settings)
+
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None = None, cache: LocalCache | None = None
+    ) -> tuple[Tensor, LocalCache]:
+        """Attend over ``x`` ``[B, T, D]`` and the cached past; see the module's contract."""
+        phases = None
+        if self.rope_base is not None:
+            batch, length, _ = x.shape
+            positions = next_positions(key_mask, batch, length, cache, x.device)
+            phases = rotary_phases(positions, self.attention.settings.head_dim, self.rope_base)
+        y, kept = attend_locally(self.attention, x, self.pattern, phases, key_mask, cache)
+        assert kept is not None  # The pattern is causal.
+        return y, kept
+
+
+def _attention(settings: MixerSettings) -> Attention:
+    heads = settings.num_heads
+    _check_heads(settings)
+    return Attention(
+        AttentionSettings(
+            dim=settings.dim,
+            num_heads=heads,
+            num_key_value_heads=settings.num_key_value_heads or heads,
+            head_dim=settings.dim // heads,
+            rotary="both" if settings.rotary else "none",
+            output_bias=False,
+            dropout=settings.dropout,
+            norm_eps=settings.norm_eps,
+        )
+    )
 
 
 def _check_heads(settings: MixerSettings) -> None:
@@ -320,3 +351,8 @@ def _gated_conv(settings: MixerSettings) -> nn.Module:
     if settings.conv_size is None:
         raise UserError("mixer 'gated_conv' is a convolution: set conv_size, such as 3.")
     return GatedConvolution(settings.dim, settings.conv_size)
+
+
+@register_mixer("local", cost="linear", summary="softmax attention to a sliding window")
+def _local(settings: MixerSettings) -> nn.Module:
+    return LocalMixer(settings)
