@@ -289,7 +289,9 @@ def _attend_block(
         mask = _hide_self(mask, block, call.offset)
     if changes.decay is None:
         return attend(query, key, value, mask, bias=bias, dropout=call.dropout, scale=call.scale)
-    query, key, value = _decayed(query, key, value, changes.decay, block.low - block.first)
+    query, key, value = _decayed(
+        query, key, value, changes.decay, block.low - block.first - call.offset
+    )
     if bias is not None:
         bias = bias.to(query.dtype)
     output = attend(query, key, value, mask, bias=bias, dropout=call.dropout, scale=call.scale)

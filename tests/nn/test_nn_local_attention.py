@@ -172,8 +172,8 @@ def grid() -> list[tuple[dict[str, Any], dict[str, Any]]]:
         points.append((arguments, {"length": 18 if autopad else 20}))
     for causal in (True, False):
         common = {"window_size": 8, "causal": causal, "dim": 8, "autopad": True}
-        for given in (("mask",), ("bias",), ("mask", "bias")):
-            points.append((common, {"length": 21, "given": given}))
+        for names in (("mask",), ("bias",), ("mask", "bias")):
+            points.append((common, {"length": 21, "given": names}))
         for size in (4, 16, 32):
             wide = {**common, "autopad": False, "use_xpos": True, "exact_windowsize": True}
             points.append((wide, {"length": 64, "window_size": size}))
@@ -250,9 +250,8 @@ def test_dense_reference(
             window, causal, backward, forward, autopad=True, exact_windowsize=exact
         )
         mask = dense_mask(length, window, backward, forward, causal, exact)
-        assert_all_close(
-            with_gradients(module, q, k, v), with_gradients(lambda *x, m=mask: dense(*x, m), q, k, v)
-        )
+        expected = with_gradients(lambda *x, mask=mask: dense(*x, mask), q, k, v)
+        assert_all_close(with_gradients(module, q, k, v), expected)
 
 
 @given(data=st.data())
