@@ -7,9 +7,10 @@ therefore loaded by path, whether those are installed or not.
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.metadata
-import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 
 VERSION = "1.11.2"
@@ -18,7 +19,10 @@ VERSION = "1.11.2"
 
 def load() -> ModuleType | None:
     """Return the module with the package's ``LocalAttention``; None if it is not installed."""
-    spec = importlib.util.find_spec("local_attention")
+    # A script of this folder has the package's name.
+    folder = Path(__file__).resolve().parent
+    paths = [path for path in sys.path if Path(path).resolve() != folder]
+    spec = importlib.machinery.PathFinder.find_spec("local_attention", paths)
     if spec is None or not spec.submodule_search_locations:
         return None
     if importlib.metadata.version("local-attention") != VERSION:

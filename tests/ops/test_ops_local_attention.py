@@ -14,14 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rxlm.errors import UserError
-from rxlm.ops.local_attention import (
-    Decay,
-    LocalPattern,
-    ScoreChanges,
-    block_size,
-    local_attention,
-)
+from rxlm.ops.local_attention import block_size, local_attention
 from rxlm.ops.local_attention_flex import flex_local_attention
+from rxlm.ops.local_pattern import Decay, LocalPattern, ScoreChanges
 
 PATTERNS = [
     LocalPattern.sliding(1),
