@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rxlm.errors import UserError
+from rxlm.nn.local_arguments import key_mask, layout, pair_mask
 from rxlm.nn.local_cache import LocalCache, extend, next_positions
-from rxlm.ops.local_attention import Backend, Decay, LocalPattern, ScoreChanges, local_attention
+from rxlm.ops.local_attention import Backend, local_attention
 from rxlm.ops.local_attention_compat import CompatRule, compat_local_attention
+from rxlm.ops.local_pattern import Decay, LocalPattern, ScoreChanges
 from rxlm.ops.rotary import rotate_halves
 
 
@@ -167,7 +169,7 @@ class LocalAttention(nn.Module):
             raise UserError("mask and input_mask are two names of one argument: give one of them.")
         mask = input_mask if mask is None else mask
         packed = math.prod(q.shape[:-2])
-        mask = None if mask is None else _key_mask(mask, packed, length)
+        mask = None if mask is None else key_mask(mask, packed, length)
         if attn_bias is not None:
             self._check_bias(attn_bias, packed, size)
         if self.compat is not None:
@@ -178,8 +180,8 @@ class LocalAttention(nn.Module):
                 "changes no result) or cut them."
             )
         if attn_mask is not None:
-            attn_mask = _pair_mask(attn_mask, packed, length)
-        batch, heads = _layout(q, mask, attn_mask, attn_bias)
+            attn_mask = pair_mask(attn_mask, packed, length)
+        batch, heads = layout(q, mask, attn_mask, attn_bias)
         q, k = self._positioned(q, k, torch.arange(length, device=q.device))
         # As [B, N, H, D], without moving anything.
         query, key, value = (
@@ -237,7 +239,7 @@ class LocalAttention(nn.Module):
             raise UserError(f"q of shape {list(q.shape)}: expected [batch, heads, tokens, dim].")
         self._check_sizes(q, k, v, self.window_size)
         batch, heads, length, width = q.shape
-        mask = None if mask is None else _key_mask(mask, batch, length)
+        mask = None if mask is None else key_mask(mask, batch, length)
         if mask is not None and len(mask) != batch:
             raise UserError(f"mask of {len(mask)} rows for a batch of {batch}: give one each.")
         bias = attn_bias
@@ -380,59 +382,3 @@ class LocalAttention(nn.Module):
                 f"attn_bias of shape {list(bias.shape)}: expected [heads, {expected[0]}, "
                 f"{expected[1]}] with heads that divide {packed} sequences."
             )
-
-
-def _as_bool(mask: Tensor, name: str) -> Tensor:
-    """Return a mask of booleans, or of numbers 0 and 1, as booleans."""
-    if mask.dtype == torch.bool:
-        return mask
-    if not ((mask == 0) | (mask == 1)).all():
-        raise UserError(
-            f"{name} of {mask.dtype} holds other values than 0 and 1: give True (or 1) at what may "
-            "be seen. Numbers to add to scores go into attn_bias."
-        )
-    return mask != 0
-
-
-def _key_mask(mask: Tensor, packed: int, length: int) -> Tensor:
-    if mask.ndim != 2 or mask.shape[1] != length or mask.shape[0] < 1 or packed % mask.shape[0]:
-        raise UserError(
-            f"mask of shape {list(mask.shape)}: expected [batch, {length}] with a batch that "
-            f"divides {packed} sequences."
-        )
-    return _as_bool(mask, "mask")
-
-
-def _pair_mask(mask: Tensor, packed: int, length: int) -> Tensor:
-    fits = mask.ndim in (2, 3) and list(mask.shape[-2:]) == [length, length]
-    if not fits or (mask.ndim == 3 and packed % mask.shape[0]):
-        raise UserError(
-            f"attn_mask of shape {list(mask.shape)}: expected [{length}, {length}], or [batch, "
-            f"{length}, {length}] with a batch that divides {packed} sequences."
-        )
-    return _as_bool(mask, "attn_mask")
-
-
-def _layout(
-    q: Tensor, mask: Tensor | None, attn_mask: Tensor | None, bias: Tensor | None
-) -> tuple[int, int]:
-    """Return how the packed sequences are seen, as batch and heads: what is given decides."""
-    packed = math.prod(q.shape[:-2])
-    batches = {len(attn_mask)} if attn_mask is not None and attn_mask.ndim == 3 else set()
-    if mask is not None:
-        batches.add(len(mask))
-    if len(batches) > 1:
-        raise UserError(f"mask and attn_mask are of {sorted(batches)} rows: give one batch size.")
-    if batches:
-        batch = batches.pop()
-        if bias is not None and (packed // batch) % bias.shape[0]:
-            raise UserError(
-                f"attn_bias of {bias.shape[0]} heads, but a mask of {batch} rows makes "
-                f"{packed // batch} heads: shape q [batch, heads, tokens, dim], mask [batch, "
-                "tokens]."
-            )
-        return batch, packed // batch
-    heads = q.shape[-3] if q.ndim > 3 else 1
-    if bias is not None:
-        heads = bias.shape[0]
-    return packed // heads, heads

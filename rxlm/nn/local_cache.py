@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rxlm.nn.attention import Attention
-from rxlm.ops.local_attention import NOTHING, LocalPattern, ScoreChanges, local_attention
+from rxlm.ops.local_attention import local_attention
+from rxlm.ops.local_pattern import NOTHING, LocalPattern, ScoreChanges
 
 
 class LocalCache(NamedTuple):

@@ -29,7 +29,7 @@ from rxlm.nn.feature_map_attention import TAYLOR_DIM, FeatureMapAttention, Featu
 from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention, Mode
 from rxlm.nn.local_cache import LocalCache, attend_locally, next_positions
 from rxlm.ops.attention import visible_keys
-from rxlm.ops.local_attention import LocalPattern
+from rxlm.ops.local_pattern import LocalPattern
 from rxlm.ops.rotary import rotary_phases
 
 Cost = Literal["linear", "quadratic"]

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rxlm.errors import UserError
-
-if TYPE_CHECKING:
-    from rxlm.ops.local_attention import LocalPattern, ScoreChanges
+from rxlm.ops.local_pattern import LocalPattern, ScoreChanges
 
 
 def flex_local_attention(

@@ -18,7 +18,7 @@ from rxlm.nn.local_cache import LocalCache, attend_locally
 from rxlm.nn.memory_driven import MemoryCondition
 from rxlm.nn.norms import make_norm
 from rxlm.nn.recurrent_cache import CarriedLayer, RecurrentCache
-from rxlm.ops.local_attention import LocalPattern
+from rxlm.ops.local_pattern import LocalPattern
 from rxlm.rxt.attention_heads import LINEAR_KINDS, LOCAL_KIND, MEMORY_DRIVEN_KIND
 from rxlm.rxt.config import RxTComponentConfig
 
