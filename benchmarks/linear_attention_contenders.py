@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rxlm.errors import RunError
+from rxlm.ops.feature_map_attention import FeatureMapResult, feature_map_attention
 from rxlm.ops.linear_attention import (
     MECHANISMS,
     LinearAttentionResult,
@@ -37,11 +38,16 @@ from rxlm.ops.linear_attention import (
 )
 from rxlm.ops.linear_attention.backends import FLA_KERNELS, Form
 
-FUNCTIONS: dict[str, Callable[..., LinearAttentionResult]] = {
+FEATURE_MAP_NAMES = ("elu", "taylor")
+FUNCTIONS: dict[str, Callable[..., LinearAttentionResult | FeatureMapResult]] = {
     "gla": gla,
     "deltanet": deltanet,
     "gated_deltanet": gated_deltanet,
     "kda": kda,
+    **{
+        name: functools.partial(feature_map_attention, feature_map=name)
+        for name in FEATURE_MAP_NAMES
+    },
 }
 TITLES = {
     "softmax": "softmax",
@@ -49,9 +55,13 @@ TITLES = {
     "deltanet": "DeltaNet",
     "gated_deltanet": "Gated DeltaNet",
     "kda": "KDA",
+    "elu": "ELU + 1",
+    "taylor": "Taylor map",
 }
 BASELINE = "softmax, SDPA"
 LARGEST_DISAGREEMENT = 1e-4  # of outputs and gradients in float32, relative to the largest entry
+
+TAYLOR_DIM = 16  # of a head before the map, as in Based; the number of features is quadratic in it
 
 SLOW: dict[str, Any] = {"max_length": 2048, "limit_reason": "slow, and large in memory"}
 TO_STAY_SHORT: dict[str, Any] = {
@@ -60,7 +70,8 @@ TO_STAY_SHORT: dict[str, Any] = {
 }
 
 Arguments = dict[str, Tensor]
-Result = tuple[Tensor, Tensor | None]
+State = Tensor | tuple[Tensor, ...]
+Result = tuple[Tensor, State | None]
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ class Contender:
     mechanism: str
     source: str
     backend: str
-    attend: Callable[[Arguments, Tensor | None], Result]
+    attend: Callable[[Arguments, State | None], Result]
     heads_first: bool = False
     max_length: int | None = None
     limit_reason: str = ""
@@ -107,9 +118,10 @@ class Contender:
 def make_arguments(contender: Contender, length: int, sizes: Sizes) -> Arguments:
     """Return random arguments, the same for all contenders, in the layout that this one takes.
 
-    Queries and keys have length 1; gates are those of freshly initialised layers: for GLA
-    ``logsigmoid(x) / 16``, for the others ``-A softplus(x + b)`` with A in [1, 16] per head and
-    ``softplus(b)`` log-uniform in [0.001, 0.1]; x is normally distributed.
+    Queries and keys have length 1 (the Taylor map takes their first 16 entries); gates are those of
+    freshly initialised layers: for GLA ``logsigmoid(x) / 16``, for the others
+    ``-A softplus(x + b)`` with A in [1, 16] per head and ``softplus(b)`` log-uniform in
+    [0.001, 0.1]; x is normally distributed.
     """
     generator = torch.Generator().manual_seed(length)
     normal = functools.partial(torch.randn, generator=generator)
@@ -120,6 +132,9 @@ def make_arguments(contender: Contender, length: int, sizes: Sizes) -> Arguments
         "key": l2_normalize(normal(*per_head, sizes.head_dim)),
         "value": normal(*per_head, sizes.head_dim),
     }
+    if contender.mechanism == "taylor":
+        for name in ("query", "key"):
+            arguments[name] = arguments[name][..., :TAYLOR_DIM].contiguous()
     if contender.mechanism == "gla":
         arguments["log_decay"] = F.logsigmoid(normal(*per_head, sizes.head_dim)) / 16
     elif contender.mechanism in ("gated_deltanet", "kda"):
@@ -127,7 +142,7 @@ def make_arguments(contender: Contender, length: int, sizes: Sizes) -> Arguments
         rates = (1 + 15 * uniform(sizes.num_heads)).view(-1, *[1] * len(channels))
         bias = (1e-3 * 100 ** uniform(sizes.num_heads, *channels)).expm1().log()
         arguments["log_decay"] = -rates * F.softplus(normal(*per_head, *channels) + bias)
-    if contender.mechanism not in ("softmax", "gla"):
+    if contender.mechanism in ("deltanet", "gated_deltanet", "kda"):
         arguments["write_strength"] = normal(*per_head).sigmoid()
     if contender.heads_first:
         arguments = {key: x.transpose(1, 2).contiguous() for key, x in arguments.items()}
@@ -193,7 +208,8 @@ def make_step(contender: Contender, position: int, sizes: Sizes) -> tuple[Callab
     def step() -> Result:
         return contender.attend(token, state)
 
-    return step, state.nbytes
+    parts = (state,) if isinstance(state, Tensor) else state
+    return step, sum(part.nbytes for part in parts)
 
 
 def check_agreement(
@@ -248,7 +264,7 @@ def sequence_contenders(sizes: Sizes, *, foreign: bool = True) -> tuple[list[Con
         foreign: whether to load other people's code.
     """
     found = [Contender("softmax", "SDPA", "torch", _softmax, heads_first=True)]
-    found += [_ours(name, "chunk", sizes) for name in MECHANISMS]
+    found += [_ours(name, "chunk", sizes) for name in FUNCTIONS]
     missing: list[str] = []
     for add in (_fla_naive, _transformers, _fla_kernels) if foreign else ():
         add(found, missing, sizes)
@@ -258,7 +274,7 @@ def sequence_contenders(sizes: Sizes, *, foreign: bool = True) -> tuple[list[Con
 def step_contenders(sizes: Sizes) -> tuple[list[Contender], list[str]]:
     """Return all that decode step by step here, softmax attention first, and why others cannot."""
     found = [Contender("softmax", "SDPA", "torch", _softmax, heads_first=True)]
-    found += [_ours(name, "step", sizes) for name in MECHANISMS]
+    found += [_ours(name, "step", sizes) for name in FUNCTIONS]
     missing: list[str] = []
     try:
         functions = _transformers_functions("recurrent")
@@ -271,24 +287,26 @@ def step_contenders(sizes: Sizes) -> tuple[list[Contender], list[str]]:
     return found, missing
 
 
-def _softmax(arguments: Arguments, state: Tensor | None) -> Result:
+def _softmax(arguments: Arguments, state: State | None) -> Result:
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True), None
 
 
 def _ours(name: str, form: Form, sizes: Sizes) -> Contender:
-    choice = select_backend(
-        name, form=form, device=sizes.device, dtype=sizes.dtype, key_dim=sizes.head_dim
-    )
+    backend = "torch"
+    if name in MECHANISMS:
+        backend = select_backend(
+            name, form=form, device=sizes.device, dtype=sizes.dtype, key_dim=sizes.head_dim
+        ).name
 
-    def attend(arguments: Arguments, state: Tensor | None) -> Result:
+    def attend(arguments: Arguments, state: State | None) -> Result:
         return FUNCTIONS[name](**arguments, initial_state=state, form=form)
 
-    return Contender(name, "rxlm", choice.name, attend)
+    return Contender(name, "rxlm", backend, attend)
 
 
 def _named(
-    function: Callable[..., Result], arguments: Arguments, state: Tensor | None, **names: str
+    function: Callable[..., Result], arguments: Arguments, state: State | None, **names: str
 ) -> Result:
     """Call with the argument names that fla and transformers share, or with those given."""
     names = {"log_decay": "g", "write_strength": "beta"} | names
@@ -351,7 +369,7 @@ def _fla_kernels(found: list[Contender], missing: list[str], sizes: Sizes) -> No
             continue
         kernel = getattr(importlib.import_module(module), chunk_kernel)
 
-        def attend(arguments: Arguments, state: Tensor | None, kernel: Any = kernel) -> Result:
+        def attend(arguments: Arguments, state: State | None, kernel: Any = kernel) -> Result:
             short = {"query": "q", "key": "k", "value": "v", "log_decay": "g"}
             names = short | {"write_strength": "beta"}
             given = {names[key]: tensor for key, tensor in arguments.items()}

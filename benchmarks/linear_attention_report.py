@@ -18,7 +18,9 @@ from rxlm.evaluation.tables import Table, markdown_table
 
 SLOPE_LENGTHS = (2048, 32768)
 TASKS = ("forward", "forward+backward", "step")
-COLORS = dict(zip(TITLES, ("black", "tab:green", "tab:orange", "tab:blue", "tab:red"), strict=True))
+HUES = ("green", "orange", "blue", "red", "purple", "brown")
+COLOR_NAMES = ("black", *(f"tab:{hue}" for hue in HUES))
+COLORS = dict(zip(TITLES, COLOR_NAMES, strict=True))
 STYLES = {"fla naive": ":", "transformers": "--", "fla kernel": "-."}
 
 

@@ -35,7 +35,7 @@ def test_small_run_writes_every_file(
     ours = {
         (row["task"], row["tokens"], row["mechanism"]) for row in rows if row["source"] == "rxlm"
     }
-    mechanisms = ("gla", "deltanet", "gated_deltanet", "kda")
+    mechanisms = ("gla", "deltanet", "gated_deltanet", "kda", "elu", "taylor")
     lengths = {"forward": "64 128", "forward+backward": "64 128", "step": "64 32768"}
     assert ours == {
         (task, tokens, mechanism)
@@ -49,7 +49,8 @@ def test_small_run_writes_every_file(
         for row in rows
         if (row["task"], row["source"]) == ("step", "rxlm")
     }
-    assert states == {str(8 * 8 * 4)}
+    features = {"elu": 8, "taylor": 45}  # of 8 entries
+    assert states == {str(8 * 8 * 4), *(str(count * (8 + 1) * 4) for count in features.values())}
     assert (tmp_path / "linear_attention.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "linear_attention.md").read_text()
     assert "KDA, rxlm: step at position 32,768" in page

@@ -1,4 +1,4 @@
-"""Linear self-attention inside encoder, decoder and model: caches, padding, directions, files.
+"""Linear and local self-attention inside encoder, decoder and model: caches, padding, files.
 
 Not here: the layer itself (tests/nn), the mechanisms (tests/ops), rules between the configuration's
 fields (test_rxt_config), training (test_training_objective_linear).
@@ -44,7 +44,18 @@ MEMORY_DRIVEN = {
     "hybrid md_gdn": {"self_att_type": "hybrid", "attn_layer_types": ["mha", "md_gdn"]},
 }  # fmt: skip
 
-ALL_LAYOUTS = {**LAYOUTS, **MEMORY_DRIVEN}
+LOCAL = {
+    "local": {"self_att_type": "local", "att_groups": 2, "local_window_size": 6},
+    "hybrid local": {
+        "self_att_type": "hybrid", "attn_layer_types": ["local", "mha"], "local_window_size": 6,
+    },
+    "hybrid local gla": {
+        "self_att_type": "hybrid", "attn_layer_types": ["local", "gla"], "local_window_size": 6,
+    },
+}  # fmt: skip
+"""Local attention keeps the same promises; what its window shows is in test_rxt_local."""
+
+ALL_LAYOUTS = {**LAYOUTS, **MEMORY_DRIVEN, **LOCAL}
 layouts = pytest.mark.parametrize("layout", ALL_LAYOUTS.values(), ids=ALL_LAYOUTS)
 ModelBuilder = Callable[..., RxTAlpha]
 

@@ -86,11 +86,11 @@ def chunked_with_starts(
     chunk_size = tokens.value.shape[1] // num_chunks
     assert tokens.log_decay is not None and tokens.write_strength is not None
     pairs, solved = _solve(
-        _to_chunks(tokens.query, chunk_size),
-        _to_chunks(tokens.key, chunk_size),
-        _to_chunks(tokens.value, chunk_size),
-        _to_chunks(tokens.log_decay, chunk_size),
-        _to_chunks(tokens.write_strength.unsqueeze(-1), chunk_size),
+        to_chunks(tokens.query, chunk_size),
+        to_chunks(tokens.key, chunk_size),
+        to_chunks(tokens.value, chunk_size),
+        to_chunks(tokens.log_decay, chunk_size),
+        to_chunks(tokens.write_strength.unsqueeze(-1), chunk_size),
     )
     keep = starts.keep.transpose(0, 1).flatten(1)[..., None, None].unbind(0)
     added = starts.added.transpose(0, 1).flatten(1, 2).unbind(0)
@@ -115,17 +115,17 @@ def chunked_with_starts(
 def _segment(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """Run over consecutive chunks whose intermediate results are held together."""
     batch, length, num_heads, value_dim = tokens.value.shape
-    query = _to_chunks(tokens.query, chunk_size)
-    key = _to_chunks(tokens.key, chunk_size)
-    value = _to_chunks(tokens.value, chunk_size)
-    log_decay = None if tokens.log_decay is None else _to_chunks(tokens.log_decay, chunk_size)
+    query = to_chunks(tokens.query, chunk_size)
+    key = to_chunks(tokens.key, chunk_size)
+    value = to_chunks(tokens.value, chunk_size)
+    log_decay = None if tokens.log_decay is None else to_chunks(tokens.log_decay, chunk_size)
     state = state.flatten(0, 1)
     if tokens.write_strength is None:
         pairs = decayed_pairs(query.unsqueeze(1), key, log_decay)
         entry_states, state = _scan_additive(pairs, value, state)
         written = value
     else:
-        strength = _to_chunks(tokens.write_strength.unsqueeze(-1), chunk_size)
+        strength = to_chunks(tokens.write_strength.unsqueeze(-1), chunk_size)
         pairs, solved = _solve(query, key, value, log_decay, strength)
         entry_states, written, state = _scan_delta_rule(pairs, solved, state)
     output = _read(pairs, entry_states, written)
@@ -156,7 +156,7 @@ def _read(pairs: DecayedPairs, entry_states: Tensor, written: Tensor) -> Tensor:
     return torch.baddbmm(pairs.rows[:, 0] @ entry_states, pairs.matrix[:, 0], written)
 
 
-def _to_chunks(tensor: Tensor, chunk_size: int) -> Tensor:
+def to_chunks(tensor: Tensor, chunk_size: int) -> Tensor:
     """Reorder ``[B, T, H, X]`` to ``[M, C, X]``; missing tokens are zeros, which change nothing."""
     missing = -tensor.shape[1] % chunk_size
     if missing:
