@@ -279,9 +279,7 @@ def bars(results: Results) -> list[tuple[str, str, bool]]:
             ratios = [
                 (case, faster(results, case, task, other))
                 for case in CASES
-                if any(
-                    key[:2] == (case, task) and key.contender == other for key in results.seconds
-                )
+                if any(key[::3] == (case, other) for key in results.seconds)
             ]
             if ratios:
                 case, least = min(ratios, key=lambda item: item[1].median)
@@ -346,8 +344,8 @@ def page(results: Results, command: str, length: int) -> str:
         memory.append((name, *cells, "" if slope is None else f"{slope:.2f}"))
     asked = [(*bar[:2], "yes" if bar[2] else "NO") for bar in bars(results)]
     note = (
-        f"Causal, forward+backward: highest memory of a fresh process on top of its inputs. {MASKED}"
-        f" is not run beyond T = {MASKED_LIMIT:,}. Growth: the exponent p of T^p."
+        "Causal, forward+backward: highest memory of a fresh process on top of its inputs. "
+        f"{MASKED} is not run beyond T = {MASKED_LIMIT:,}. Growth: the exponent p of T^p."
     )
     parts = [
         "# Speed of local attention",
