@@ -398,7 +398,9 @@ def draw(results: Results, path: str) -> None:
         right.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
     left.set_xlabel(f"seconds, {TASKS[1]}")
     left.legend()
-    right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak MiB, causal")
+    if results.memory:
+        right.set(xscale="log", yscale="log")
+    right.set(xlabel="tokens", ylabel="peak MiB, causal")
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

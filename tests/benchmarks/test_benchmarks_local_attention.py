@@ -50,7 +50,6 @@ def test_contenders_that_differ_stop_the_run(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a comparison of things that compute something else."""
-    wrong = lambda arguments, window, q, k, v: v  # noqa: E731
-    monkeypatch.setattr(script, "masked_attention", wrong)
+    monkeypatch.setattr(script, "masked_attention", lambda arguments, window, q, k, v: q + k + v)
     with pytest.raises(script.RunError, match="differs from SDPA with a mask"):
         script.check_agreement([script.OURS, script.MASKED], script.Sizes(1, 8, 16))
