@@ -279,9 +279,7 @@ def bars(results: Results) -> list[tuple[str, str, bool]]:
             ratios = [
                 (case, faster(results, case, task, other))
                 for case in CASES
-                if any(
-                    key[:2] == (case, task) and key.contender == other for key in results.seconds
-                )
+                if any(key[::3] == (case, other) for key in results.seconds)
             ]
             if ratios:
                 case, least = min(ratios, key=lambda item: item[1].median)
@@ -346,8 +344,8 @@ def page(results: Results, command: str, length: int) -> str:
         memory.append((name, *cells, "" if slope is None else f"{slope:.2f}"))
     asked = [(*bar[:2], "yes" if bar[2] else "NO") for bar in bars(results)]
     note = (
-        f"Causal, forward+backward: highest memory of a fresh process on top of its inputs. {MASKED}"
-        f" is not run beyond T = {MASKED_LIMIT:,}. Growth: the exponent p of T^p."
+        "Causal, forward+backward: highest memory of a fresh process on top of its inputs. "
+        f"{MASKED} is not run beyond T = {MASKED_LIMIT:,}. Growth: the exponent p of T^p."
     )
     parts = [
         "# Speed of local attention",
@@ -400,7 +398,9 @@ def draw(results: Results, path: str) -> None:
         right.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
     left.set_xlabel(f"seconds, {TASKS[1]}")
     left.legend()
-    right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak MiB, causal")
+    if results.memory:
+        right.set(xscale="log", yscale="log")
+    right.set(xlabel="tokens", ylabel="peak MiB, causal")
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
