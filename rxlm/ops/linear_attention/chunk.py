@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rxlm.ops.linear_attention.decay import DecayedPairs, decayed_pairs
+from rxlm.ops.linear_attention.decay import DecayedPairs, DeltaPairs, decayed_pairs, delta_pairs
 from rxlm.ops.linear_attention.inputs import Tokens
 
 # Elements of one [M, C, K] tensor that are worked on together on a CPU: about ten such tensors are
@@ -106,7 +106,7 @@ def chunked_with_starts(
         return torch.addcmul(added[number], keep[number], state)
 
     entry_states, written, state = _scan_delta_rule(pairs, solved, state.flatten(0, 1), begin_chunk)
-    output = _read(pairs, entry_states, written)
+    output = torch.baddbmm(pairs.reads @ entry_states, pairs.seen, written)
     output = output.view(num_chunks, batch, num_heads, chunk_size, value_dim)
     output = output.permute(1, 0, 3, 2, 4).flatten(1, 2)
     return output, torch.stack([*before, state]).unflatten(1, (batch, num_heads))
@@ -123,37 +123,33 @@ def _segment(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Te
     if tokens.write_strength is None:
         pairs = decayed_pairs(query.unsqueeze(1), key, log_decay)
         entry_states, state = _scan_additive(pairs, value, state)
-        written = value
+        reads, seen, written = pairs.rows[:, 0], pairs.matrix[:, 0], value
     else:
         strength = to_chunks(tokens.write_strength.unsqueeze(-1), chunk_size)
-        pairs, solved = _solve(query, key, value, log_decay, strength)
-        entry_states, written, state = _scan_delta_rule(pairs, solved, state)
-    output = _read(pairs, entry_states, written)
+        delta, solved = _solve(query, key, value, log_decay, strength)
+        entry_states, written, state = _scan_delta_rule(delta, solved, state)
+        reads, seen = delta.reads, delta.seen
+    output = torch.baddbmm(reads @ entry_states, seen, written)
     output = output.view(-1, batch, num_heads, chunk_size, value_dim).permute(1, 0, 3, 2, 4)
     return output.flatten(1, 2)[:, :length], state.unflatten(0, (batch, num_heads))
 
 
 def _solve(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, strength: Tensor
-) -> tuple[DecayedPairs, Tensor]:
-    """Return the decayed pairs of ``[M, C, X]`` chunks and what their tokens write.
+) -> tuple[DeltaPairs, Tensor]:
+    """Return the pairs of ``[M, C, X]`` chunks and what their tokens write.
 
     The system relates what the tokens of a chunk write. It is linear in the entry state, so the
     part without it and the part per channel of it are solved for at once: ``[M, C, V + K]``.
     """
-    pairs = decayed_pairs(torch.stack([query, key * strength], dim=1), key, log_decay)
+    pairs = delta_pairs(query, key * strength, key, log_decay)
     solved = torch.linalg.solve_triangular(
-        pairs.matrix[:, 1].contiguous(),  # the solver is slower on strided batches
-        torch.cat([value * strength, pairs.rows[:, 1]], dim=-1),
+        pairs.system,
+        torch.cat([value * strength, pairs.erases], dim=-1),
         upper=False,
         unitriangular=True,
     )
     return pairs, solved
-
-
-def _read(pairs: DecayedPairs, entry_states: Tensor, written: Tensor) -> Tensor:
-    """Return what the queries (the first rows) read of entry state and own chunk, ``[M, C, V]``."""
-    return torch.baddbmm(pairs.rows[:, 0] @ entry_states, pairs.matrix[:, 0], written)
 
 
 def to_chunks(tensor: Tensor, chunk_size: int) -> Tensor:
@@ -179,7 +175,7 @@ def _scan_additive(pairs: DecayedPairs, value: Tensor, state: Tensor) -> tuple[T
 
 
 def _scan_delta_rule(
-    pairs: DecayedPairs,
+    pairs: DeltaPairs,
     solved: Tensor,
     state: Tensor,
     begin_chunk: Callable[[int, Tensor], Tensor] | None = None,

@@ -57,10 +57,73 @@ def decayed_pairs(rows: Tensor, keys: Tensor, log_decay: Tensor | None) -> Decay
     matrix = (rows.flatten(1, 2) @ keys.mT).unflatten(1, rows.shape[1:3])
     if log_decay is None:
         return DecayedPairs(matrix.tril(), rows, keys, None)
-    # One gate for all channels: its decays multiply products that are computed without any.
+    between, since_start, until_end, total = _factors(log_decay)
+    return DecayedPairs(
+        matrix * between.unsqueeze(1), rows * since_start.unsqueeze(1), keys * until_end, total
+    )
+
+
+class DeltaPairs(NamedTuple):
+    """What one chunk of the delta rule consists of, with every decay applied.
+
+    Attributes:
+        seen: ``[M, C, C]``, what each query sees of each key at or before it; zero above the
+            diagonal.
+        system: ``[M, C, C]``, what each token erases of each key before it. On and above the
+            diagonal it may hold anything: it is the matrix of a unit lower triangular system.
+        reads: ``[M, C, K]``, queries that meet the state which enters the chunk.
+        erases: ``[M, C, K]``, keys that erase from that state.
+        keys: ``[M, C, K]``, as of :class:`DecayedPairs`.
+        total: ``[M, K or 1]``, decay of the whole chunk; None if nothing decays.
+    """
+
+    seen: Tensor
+    system: Tensor
+    reads: Tensor
+    erases: Tensor
+    keys: Tensor
+    total: Tensor | None
+
+
+def delta_pairs(query: Tensor, erase: Tensor, keys: Tensor, log_decay: Tensor | None) -> DeltaPairs:
+    """Inner products for the delta rule: :func:`decayed_pairs` of two rows, without copies.
+
+    Args:
+        query: ``[M, C, K]``; C a power of two.
+        erase: ``[M, C, K]``, keys times write strength.
+        keys: ``[M, C, K]``.
+        log_decay: as for :func:`decayed_pairs`.
+    """
+    if log_decay is not None and log_decay.shape[-1] == keys.shape[-1]:
+        pairs = decayed_pairs(torch.stack([query, erase], dim=1), keys, log_decay)
+        # The solver is slower on strided batches.
+        system = pairs.matrix[:, 1].contiguous()
+        return DeltaPairs(
+            pairs.matrix[:, 0], system, *pairs.rows.unbind(1), pairs.keys, pairs.total
+        )
+    seen, system = query @ keys.mT, erase @ keys.mT
+    if log_decay is None:
+        return DeltaPairs(seen.tril(), system, query, erase, keys, None)
+    between, since_start, until_end, total = _factors(log_decay)
+    return DeltaPairs(
+        seen * between,
+        system * between,
+        query * since_start,
+        erase * since_start,
+        keys * until_end,
+        total,
+    )
+
+
+def _factors(log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what one gate ``[M, C, 1]`` for all channels multiplies products with.
+
+    Between two tokens ``[M, C, C]``, since before the first ``[M, C, 1]``, until after the last
+    ``[M, C, 1]``, and of the whole chunk ``[M, 1]``.
+    """
     ones = torch.ones_like(log_decay)
     between, since_start, until_end, total = _DecayedPairs.apply(ones.unsqueeze(1), ones, log_decay)
-    return DecayedPairs(matrix * between, rows * since_start, keys * until_end, total)
+    return between.squeeze(1), since_start.squeeze(1), until_end, total
 
 
 class _DecayedPairs(torch.autograd.Function):
