@@ -96,11 +96,10 @@ def delta_pairs(query: Tensor, erase: Tensor, keys: Tensor, log_decay: Tensor | 
     """
     if log_decay is not None and log_decay.shape[-1] == keys.shape[-1]:
         pairs = decayed_pairs(torch.stack([query, erase], dim=1), keys, log_decay)
+        seen, system = pairs.matrix.unbind(1)
+        reads, erases = pairs.rows.unbind(1)
         # The solver is slower on strided batches.
-        system = pairs.matrix[:, 1].contiguous()
-        return DeltaPairs(
-            pairs.matrix[:, 0], system, *pairs.rows.unbind(1), pairs.keys, pairs.total
-        )
+        return DeltaPairs(seen, system.contiguous(), reads, erases, pairs.keys, pairs.total)
     seen, system = query @ keys.mT, erase @ keys.mT
     if log_decay is None:
         return DeltaPairs(seen.tril(), system, query, erase, keys, None)
