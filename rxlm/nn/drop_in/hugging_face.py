@@ -150,6 +150,7 @@ def _wrap(
         head_dim=int(head_dim),
         num_key_value_heads=int(key_value_heads or heads),
         bidirectional=not causal,
+        hidden_dim=width,
         layer_idx=index if layer is None else layer,
     )
     parameter = next(base.parameters())
@@ -172,7 +173,7 @@ def _first(module: nn.Module | None, config: Any, *names: str) -> int | None:
 def _cache_class() -> Any:
     dynamic_cache: Any = _transformers().DynamicCache
 
-    class LinearDynamicCache(dynamic_cache):  # type: ignore[misc]
+    class LinearDynamicCache(dynamic_cache):
         """Keys and values of softmax attention, and the states of linear attention by layer."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -67,7 +67,8 @@ class MemoryAsGate(nn.Module):
             return self.mu.to(x.dtype)
         if self.mode == "learnable":
             return self.mu_logit.sigmoid().to(x.dtype)
-        return self.project(x).sigmoid()
+        logits: Tensor = self.project(x.to(self.project.weight.dtype))
+        return logits.sigmoid().to(x.dtype)
 
     def set_mu(self, mu: float) -> None:
         """Set a constant gate.

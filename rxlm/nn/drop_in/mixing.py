@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,7 @@ class LiZAttention(nn.Module):
         head_dim: int,
         num_key_value_heads: int,
         bidirectional: bool,
+        hidden_dim: int | None = None,
         layer_idx: int = 0,
     ) -> None:
         """Wrap.
@@ -87,6 +88,7 @@ class LiZAttention(nn.Module):
             head_dim: D.
             num_key_value_heads: G.
             bidirectional: whether ``base_attn`` sees later tokens.
+            hidden_dim: width of the tokens; None = H * D.
             layer_idx: where a cache of the model keeps the state of this layer.
 
         Raises:
@@ -117,7 +119,8 @@ class LiZAttention(nn.Module):
             use_linear_checkpoint=settings.use_linear_checkpoint,
             bidirectional=bidirectional,
         )
-        self.memory_gate = MemoryAsGate(settings.mu, settings.gate_mode, num_heads * head_dim)
+        width = num_heads * head_dim if hidden_dim is None else hidden_dim
+        self.memory_gate = MemoryAsGate(settings.mu, settings.gate_mode, width)
         self._signature = inspect.signature(base_attn.forward)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -153,9 +156,10 @@ class LiZAttention(nn.Module):
         if isinstance(past, KeepsLinearStates) and new is not None:
             past.linear_states[self.layer_idx] = new.detach()
         projections = projections_of(self.base_attn)
-        assert projections is not None
-        output = projections[-1]
-        return heads if output is None else getattr(self.base_attn, output)(heads)
+        if projections is None or projections.output is None:
+            return heads
+        projected: Tensor = getattr(self.base_attn, projections.output)(heads)
+        return projected
 
     def _past_state(self, past: Any) -> DeltaRuleCache | None:
         """Return the state of the tokens in the cache; to be asked before they become more."""
@@ -172,31 +176,40 @@ class LiZAttention(nn.Module):
         return None
 
 
-def projections_of(module: nn.Module) -> tuple[str, ...] | None:
-    """Return the names of query, key, value (or of one for all) and output (or None at the end).
+class Projections(NamedTuple):
+    """Names of the projections of an attention module.
 
-    None if the module has none of the known layouts, or attends to another sequence.
+    Attributes:
+        inputs: query, key and value, or one that makes all three.
+        output: None where the module leaves it to its parent (BERT).
     """
-    for names in (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("c_attn",)):
-        if all(hasattr(module, name) for name in names) and not hasattr(module, "q_attn"):
-            for output in ("o_proj", "out_proj", "c_proj"):
-                if hasattr(module, output):
-                    return (*names, output)
-    if all(
-        isinstance(getattr(module, name, None), nn.Linear) for name in ("query", "key", "value")
-    ):
-        return ("query", "key", "value", None)  # type: ignore[return-value]
+
+    inputs: tuple[str, ...]
+    output: str | None
+
+
+def projections_of(module: nn.Module) -> Projections | None:
+    """Return the projections of a self-attention; None if its layout is none of the known ones."""
+    if hasattr(module, "q_attn"):  # GPT-2's attention to another sequence
+        return None
+    for inputs in (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("c_attn",)):
+        for output in ("o_proj", "out_proj", "c_proj"):
+            if all(hasattr(module, name) for name in (*inputs, output)):
+                return Projections(inputs, output)
+    names = ("query", "key", "value")
+    if all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
+        return Projections(names, None)
     return None
 
 
 def project(module: nn.Module, x: Tensor, sizes: DeltaRuleMixer) -> tuple[Tensor, Tensor, Tensor]:
     """Apply the projections of a module: ``[B, T, H * D]``, and ``[B, T, G * D]`` twice."""
-    names = projections_of(module)
-    assert names is not None
-    if len(names) == 4:
-        query, key, value = (getattr(module, name)(x) for name in names[:3])
-        return query, key, value
-    wide = sizes.num_heads * sizes.head_dim
-    narrow = sizes.num_key_value_heads * sizes.head_dim
-    query, key, value = getattr(module, names[0])(x).split((wide, narrow, narrow), dim=-1)
+    projections = projections_of(module)
+    assert projections is not None
+    projected = [getattr(module, name)(x) for name in projections.inputs]
+    if len(projected) == 1:
+        wide = sizes.num_heads * sizes.head_dim
+        narrow = sizes.num_key_value_heads * sizes.head_dim
+        projected = projected[0].split((wide, narrow, narrow), dim=-1)
+    query, key, value = projected
     return query, key, value
