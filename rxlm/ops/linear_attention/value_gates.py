@@ -103,13 +103,14 @@ def value_gated_delta_rule(
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     batch, length, num_heads, key_dim = query.shape
     with torch.autocast(device_type=query.device.type, enabled=False):
-        updates = _prepare(query, key, value, log_decay, write_strength, key_mask, dtype)
         if initial_state is None:
-            state = updates.value.new_zeros(batch, num_heads, key_dim, value.shape[-1])
+            state = value.new_zeros(batch, num_heads, key_dim, value.shape[-1], dtype=dtype)
         else:
             state = initial_state.to(dtype)
         if not length:
-            return LinearAttentionResult(value.new_zeros(batch, 0, *value.shape[3:]), state)
+            nothing = query.new_zeros(batch, 0, num_heads, value.shape[-1])
+            return LinearAttentionResult(nothing, state)
+        updates = _prepare(query, key, value, log_decay, write_strength, key_mask, dtype)
         if form == "recurrent":
             output, state = _recurrent(updates, state, key_mask, state_activation)
         else:
