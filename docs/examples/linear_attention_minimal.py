@@ -42,7 +42,7 @@ class MySequenceModel(nn.Module):
 
 
 def batch(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return inputs ``[size, 12, 2]`` (a number, and whether it counts) and targets ``[size, 1]``."""
+    """Return inputs ``[size, 12, 2]`` (a number, whether it counts), targets ``[size, 1]``."""
     x = torch.randn(size, 12, 2, generator=generator)
     x[..., 1] = 0.0
     x[:, 0, 1] = 1.0

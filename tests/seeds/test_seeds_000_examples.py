@@ -43,7 +43,7 @@ def test_minimal_example_takes_a_mask(scripts: dict[str, ModuleType]) -> None:
 
 
 def test_timeseries_example_beats_persistence(scripts: dict[str, ModuleType]) -> None:
-    """Predictions compared with the wrong index, or in normalised units, would show: the noise alone
+    """Predictions compared with the wrong index, or in normalised units, would show: noise alone
     has a variance of 0.09, and repeating the last value errs by about 4.7."""
     found = scripts["time_series"].forecast(steps=50)
     assert found.losses[-1] < 0.1 * found.losses[0]
