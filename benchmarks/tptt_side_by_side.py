@@ -369,8 +369,9 @@ def render(rows: Sequence[Row], speed: Sequence[Sequence[str]], command: str) ->
             "",
             f"Milliseconds of a forward pass, median (quartiles), one thread of "
             f"{timing.machine_name('cpu')}, B = 2, load average {timing.load_average():.1f} (what "
-            "else wants to run; with much of it, times and exponents are rough). tptt computes something cheaper than the delta "
-            "rule (T1), so this is no race; it shows how time grows.",
+            "else wants to run; with much of it, times and exponents are rough). tptt computes "
+            "something cheaper than the delta rule (T1), so this is no race; it shows how time "
+            "grows.",
             "",
             *table(["T", "tptt", "rxlm"], speed),
         ]
