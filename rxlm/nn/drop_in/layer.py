@@ -207,7 +207,7 @@ class DeltaRuleMixer(nn.Module):
         # Rows that have seen fewer than R tokens have their first one here:
         first = self.num_recent - cache.num_tokens.clamp(max=self.num_recent)
         log_decay, strength = self._gates(keys, values, first)
-        heads, state = self._recur(query, keys, values, first, log_decay, strength, state, key_mask)
+        heads, state = self._recur(query, keys, values, log_decay, strength, state, key_mask)
         counts = length if key_mask is None else key_mask.sum(dim=1)
         last = torch.arange(self.num_recent, device=key.device).expand(batch, -1)
         last = last + (counts if isinstance(counts, int) else counts.unsqueeze(1))
@@ -246,7 +246,6 @@ class DeltaRuleMixer(nn.Module):
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        first: Tensor,
         log_decay: Tensor | None,
         strength: Tensor,
         state: Tensor | None,
@@ -254,12 +253,10 @@ class DeltaRuleMixer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         order = self.recurrent.order
         before = self.num_recent - (order - 1)
-        exists = torch.arange(keys.shape[1], device=keys.device) >= first.unsqueeze(1)
         virtual = []
         for tensor in (l2_normalize(F.silu(self._split(keys))), self._split(values)):
-            # What is missing before the first token counts as zero.
-            tensor = tensor.masked_fill(~exists[:, :, None, None], 0.0)[:, before:]
-            virtual.append(virtual_tokens(tensor, order, self.recurrent.trick))
+            # What is missing before the first token is zero in a cache, and stays zero here.
+            virtual.append(virtual_tokens(tensor[:, before:], order, self.recurrent.trick))
         heads = query.to(self._exact).unflatten(-1, (self.num_heads, self.head_dim))
         queries = l2_normalize(F.silu(heads))
         key, value = (
