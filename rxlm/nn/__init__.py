@@ -1,21 +1,31 @@
-"""Modules over :mod:`rxlm.ops`: attention, feed-forward. Knows nothing of RxT or of memory."""
+"""Modules over :mod:`rxlm.ops`: attention, feed-forward. Knows nothing of RxT or of memory.
+
+The layers for other people's models are imported from here, when they are first asked for:
+
+    from rxlm.nn import LinearAttention, LocalAttention
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rxlm.nn.drop_in.layer import LinearAttention as LinearAttention
+    from rxlm.nn.local_attention import LocalAttention as LocalAttention
+    from rxlm.nn.local_mha import LocalMHA as LocalMHA
 
 _EXPORTS = {
+    "LinearAttention": "rxlm.nn.drop_in.layer",
     "LocalAttention": "rxlm.nn.local_attention",
     "LocalMHA": "rxlm.nn.local_mha",
 }
-"""What ``from rxlm.nn import ...`` finds, by the module that is then imported (torch with it)."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
