@@ -69,7 +69,7 @@ def recall(
     from rxlm.evaluation.recall import evaluate_recall
     from rxlm.evaluation.recall_plan import RecallSettings
     from rxlm.evaluation.report import build_report
-    from rxlm.rxt.saving import local_folder
+    from rxlm.storage.hub import local_folder
     from rxlm.training.device import cpu_threads
     from rxlm.training.final_evaluation import recall_settings, recipe_of_model
 
@@ -110,7 +110,7 @@ def perplexity(
     from rxlm.data.sources import load_conversations
     from rxlm.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
     from rxlm.evaluation.report import build_report
-    from rxlm.rxt.saving import local_folder
+    from rxlm.storage.hub import local_folder
     from rxlm.training.device import cpu_threads
     from rxlm.training.final_evaluation import (
         Measured,
@@ -214,7 +214,7 @@ def _show(report: Mapping[str, Any], json_file: Path | None, html_file: Path | N
     from rxlm.evaluation.figures import draw_figures
     from rxlm.evaluation.pages import html_page
     from rxlm.evaluation.report import write_json
-    from rxlm.rxt.state_files import write_bytes
+    from rxlm.storage.files import write_bytes
 
     if json_file is not None:
         write_json(report, json_file)

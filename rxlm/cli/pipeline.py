@@ -108,7 +108,7 @@ def _announce_stage(number: int, count: int, item: PlannedStage) -> None:
 
 
 def _evaluate(last: PlannedStage, root: Path) -> None:
-    from rxlm.rxt.model_folder import resolve_model_dir
+    from rxlm.storage.model_folder import resolve_model_dir
     from rxlm.training.final_evaluation import evaluate_pipeline
     from rxlm.training.recipes import TokenizerRecipe
 

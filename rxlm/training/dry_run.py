@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from rxlm.errors import UserError
 from rxlm.rxt.config import RxTConfig
-from rxlm.rxt.model_folder import read_model_config
-from rxlm.rxt.saving import count_parameters
+from rxlm.rxt.saving import read_model_config
+from rxlm.storage.weights import count_parameters
 from rxlm.tokenization import Tokenizer, train_tokenizer
 from rxlm.training.build import (
     StageInputs,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from rxlm.errors import UserError
-from rxlm.rxt.model_folder import resolve_model_dir
+from rxlm.storage.model_folder import resolve_model_dir
 from rxlm.tokenization.storage import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from rxlm.training.build import StageInputs, build_model, build_objective
 from rxlm.training.checkpoint import find_latest
