@@ -28,7 +28,8 @@ from rxlm.storage.weights import (
 
 ModelType = TypeVar("ModelType", bound=ReactiveModel)
 
-LANGUAGE_MODEL = "LanguageModel"
+
+_LANGUAGE_MODEL = "LanguageModel"
 """What ``config.json`` names as the architecture of :mod:`rxlm.lm`."""
 
 
@@ -50,7 +51,7 @@ def read_model_config(directory: str | Path) -> StoredConfig:
     path = Path(directory, CONFIG_FILE)
     architecture = str(values.pop("architecture", ""))
     version = str(values.pop("rxlm_version", ""))
-    if architecture == LANGUAGE_MODEL:
+    if architecture == _LANGUAGE_MODEL:
         raise UserError(
             f"{directory} is a language model without a memory, not a Reactive Transformer: "
             f"measure it with `rxlm eval lm {directory}`, load it with "
