@@ -186,6 +186,21 @@ def mixer_settings(config: LMConfig) -> MixerSettings:
     )
 
 
+def state_bytes(config: LMConfig, num_tokens: int) -> int:
+    """Return the size of the cache of one sequence of ``num_tokens`` tokens, in fp32.
+
+    Found by running one mixer of each kind, not the whole model.
+    """
+    x = torch.zeros(1, num_tokens, config.dim)
+    sizes = {}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for name in set(config.layers):
+            _, cache = build_mixer(name, mixer_settings(config)).eval()(x)
+            sizes[name] = sum(part.numel() * part.element_size() for part in _tensors(cache))
+    counter = torch.zeros(1, dtype=torch.long)
+    return sum(sizes[name] for name in config.layers) + counter.element_size()
+
+
 def sinusoids(positions: Tensor, dim: int) -> Tensor:
     """Return the table of Vaswani et al. 2017 (arXiv 1706.03762, 3.5): fp32 ``[B, T, D]``.
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rxlm.errors import RunError, UserError
 from rxlm.training.checkpoint import clean_leftovers, find_latest
 from rxlm.training.device import cpu_threads, resolve_device
+from rxlm.training.loggers import check_loggers, open_loggers
 from rxlm.training.loop import Ending, TrainingLoop
 from rxlm.training.metrics import MetricSinks
 from rxlm.training.objective import Objective
@@ -78,8 +79,9 @@ class Trainer:
             console: where the progress bar goes; default standard error.
 
         Raises:
-            UserError: when the device is not there or nothing is trainable.
+            UserError: when the device or a logger is not there, or nothing is trainable.
         """
+        check_loggers(settings)
         device = resolve_device(settings.device)
         module = objective.trained_modules().to(device)
         optimizer = build_optimizer(module, objective.parameter_groups(settings), settings)
@@ -106,8 +108,8 @@ class Trainer:
             stack.enter_context(cpu_threads(settings.threads))
             stop = stack.enter_context(StopRequest())
             state = self._begin()
-            tensorboard = parts.run.tensorboard_path if settings.tensorboard else None
-            sinks = MetricSinks(parts.run.metrics_path, tensorboard, state.step)
+            loggers = open_loggers(settings, parts.run, state.step)
+            sinks = MetricSinks(parts.run.metrics_path, loggers, state.step)
             stack.callback(sinks.close)
             batch, ahead = parts.objective.batch, settings.prefetch
             loader = BatchLoader(batch, settings.accumulation, settings.steps, ahead)

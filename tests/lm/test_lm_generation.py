@@ -16,10 +16,6 @@ TOLERANCES = {
     torch.bfloat16: (5e-2, 1e-2),
     torch.float16: (1e-2, 5e-4),
 }
-    torch.float32: (1e-3, 3e-4),
-    torch.bfloat16: (5e-2, 1e-2),
-    torch.float16: (1e-2, 5e-4),
-}
 """Based's own (absolute, relative), see https://github.com/HazyResearch/based."""
 STEPS = 64
 
