@@ -36,6 +36,8 @@ GATE_TOLERANCES = {
     torch.bfloat16: (5e-2, 1e-2),
 }
 """(absolute, relative) difference of scores that decoding may show, by dtype of the weights."""
+SCHEMA = "rxlm-lm-evaluation/1"
+"""Of the JSON form."""
 _GATE_TOKENS = 64
 _MAX_EXPONENT = 700.0
 
@@ -111,7 +113,7 @@ def evaluate_language_model(
             result[part] = measure()
     show(len(parts), len(parts), "done")
     return {
-        "kind": "language_model",
+        "schema": SCHEMA,
         "model": {
             "name": name,
             "weights": weights_fingerprint(model),
