@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 
-import rxlm
 from rxlm.errors import UserError
 from rxlm.lm.config import LMConfig
 from rxlm.lm.generation import TokenStream
@@ -30,6 +29,7 @@ from rxlm.storage.weights import (
     take_weights,
 )
 from rxlm.tokenization import Tokenizer
+from rxlm.version import __version__
 
 ARCHITECTURE = "LanguageModel"
 """What ``config.json`` calls it."""
@@ -118,7 +118,7 @@ class LanguageModel(LMNetwork):
             directory,
             config={
                 "architecture": ARCHITECTURE,
-                "rxlm_version": rxlm.__version__,
+                "rxlm_version": __version__,
                 **self.config.model_dump(mode="json"),
             },
             card=model_card(self),
