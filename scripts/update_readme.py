@@ -22,7 +22,7 @@ from rxlm.evaluation.report import read_json
 from rxlm.evaluation.result_tables import percent
 from rxlm.evaluation.rows import RecallRow, matching
 from rxlm.evaluation.tables import Table, markdown_table
-from rxlm.rxt.state_files import write_bytes
+from rxlm.storage.files import write_bytes
 from rxlm.training.final_evaluation import REPORT_FILE
 from rxlm.training.run_folder import read_status
 

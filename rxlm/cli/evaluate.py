@@ -1,4 +1,4 @@
-"""``rxlm eval``: measure a model: recall over turns, perplexity with and without memory."""
+"""``rxlm eval``: measure a model: recall over turns, perplexity, a language model's table."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def register(app: typer.Typer) -> None:
     family = typer.Typer(help="Measure a model.", no_args_is_help=True)
     family.command("recall")(recall)
     family.command("perplexity")(perplexity)
+    family.command("lm")(language_model)
     app.add_typer(family, name="eval")
 
 
@@ -69,7 +70,7 @@ def recall(
     from rxlm.evaluation.recall import evaluate_recall
     from rxlm.evaluation.recall_plan import RecallSettings
     from rxlm.evaluation.report import build_report
-    from rxlm.rxt.saving import local_folder
+    from rxlm.storage.hub import local_folder
     from rxlm.training.device import cpu_threads
     from rxlm.training.final_evaluation import recall_settings, recipe_of_model
 
@@ -110,7 +111,7 @@ def perplexity(
     from rxlm.data.sources import load_conversations
     from rxlm.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
     from rxlm.evaluation.report import build_report
-    from rxlm.rxt.saving import local_folder
+    from rxlm.storage.hub import local_folder
     from rxlm.training.device import cpu_threads
     from rxlm.training.final_evaluation import (
         Measured,
@@ -135,6 +136,49 @@ def perplexity(
             )
         report = build_report(model, name=model_dir, perplexity=[result])
     _show(report, json_file, html_file)
+
+
+def language_model(
+    model_dir: Annotated[
+        str, typer.Argument(help="A run, a checkpoint or a model folder of a language model.")
+    ],
+    overrides: Overrides = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Texts, or 'builtin'.  [default: the model's own]"),
+    ] = None,
+    json_file: JsonFile = None,
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """Measure a language model without a memory: perplexity, bytes and tokens per second.
+
+    Example: rxlm eval lm runs/lm/tiny --data my.txt rounds=3
+    """
+    from rxlm.evaluation.language_model import (
+        LMEvaluationSettings,
+        evaluate_language_model,
+        language_model_table,
+    )
+    from rxlm.evaluation.report import write_json
+    from rxlm.evaluation.tables import rich_table
+    from rxlm.lm.language_model import LanguageModel
+    from rxlm.storage.hub import local_folder
+    from rxlm.training.device import cpu_threads, resolve_device
+    from rxlm.training.lm_evaluation import evaluated_text, lm_recipe_of_model
+
+    _check_writable(json_file)
+    settings = with_overrides(LMEvaluationSettings(), overrides or [])
+    folder = local_folder(model_dir)
+    with cpu_threads(threads):
+        model = LanguageModel.from_pretrained(folder, device=resolve_device(device))
+        recipe = lm_recipe_of_model(folder)
+        text = evaluated_text(model, data, recipe, settings.max_documents)
+        with work_progress("language model") as shown:
+            result = evaluate_language_model(model, text, settings, name=model_dir, progress=shown)
+    if json_file is not None:
+        write_json(result, json_file)
+    console.results().print(rich_table(language_model_table(result)))
 
 
 def with_overrides(settings: ConfigType, overrides: list[str]) -> ConfigType:
@@ -214,7 +258,7 @@ def _show(report: Mapping[str, Any], json_file: Path | None, html_file: Path | N
     from rxlm.evaluation.figures import draw_figures
     from rxlm.evaluation.pages import html_page
     from rxlm.evaluation.report import write_json
-    from rxlm.rxt.state_files import write_bytes
+    from rxlm.storage.files import write_bytes
 
     if json_file is not None:
         write_json(report, json_file)

@@ -115,12 +115,15 @@ def _announce_stage(number: int, count: int, item: PlannedStage) -> None:
 
 
 def _evaluate(last: PlannedStage, root: Path) -> None:
-    from rxlm.rxt.model_folder import resolve_model_dir
+    from rxlm.storage.model_folder import resolve_model_dir
     from rxlm.training.final_evaluation import evaluate_pipeline
-    from rxlm.training.recipes import TokenizerRecipe
+    from rxlm.training.recipes import LMRecipe, TokenizerRecipe
 
     recipe = last.stage.recipe
     if isinstance(recipe, TokenizerRecipe):
+        return
+    if isinstance(recipe, LMRecipe):
+        console.results().out(f"measure it: rxlm eval lm {root} --data FILE", highlight=False)
         return
     model_folder = resolve_model_dir(last.folder)
     report = evaluate_pipeline(recipe, root, model_folder, work_progress)

@@ -75,7 +75,7 @@ def find_tokenizer(directory: Path) -> Path:
     Raises:
         UserError: when there is none.
     """
-    from rxlm.rxt.model_folder import resolve_model_dir
+    from rxlm.storage.model_folder import resolve_model_dir
     from rxlm.tokenization.storage import CONFIG_FILE
 
     if not directory.is_dir():

@@ -101,10 +101,16 @@ def _print_dry_run(report: DryRun, folder: Path) -> None:
             f"weights             {_size(report.weight_bytes)}",
             f"while training      {_size(report.weight_bytes + report.optimizer_bytes)} with "
             "gradients and optimizer (activations come on top)",
-            f"memory              {_size(report.memory_bytes)} a conversation, whatever its length",
+            f"memory              {_size(report.memory_bytes)} {_of_what(report)}",
         ]
     lines += [f"note                {note}" for note in report.notes]
     console.results().out("\n" + "\n".join(lines), highlight=False)
+
+
+def _of_what(report: DryRun) -> str:
+    if report.state_tokens is None:
+        return "a conversation, whatever its length"
+    return f"a sequence of {report.state_tokens:,} tokens while it is continued"
 
 
 def _size(num_bytes: int) -> str:

@@ -134,7 +134,14 @@ class DataConfig(Config):
     valid_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the conversations to hold out when there is no validation file."""
     text: str | None = None
-    """Plain text: .txt, .txt.gz, .jsonl or .parquet file, folder or glob."""
+    """Plain text: .txt, .txt.gz, .jsonl or .parquet file, folder or glob; or a data set: a folder
+    that `datasets` saved, or ``hf://owner/name`` or ``hf://owner/name/configuration``."""
+    text_split: str = "train"
+    """Split of a data set."""
+    text_field: str = "text"
+    """Column of a data set that holds the text."""
+    max_texts: int | None = Field(default=None, gt=1)
+    """At most so many texts, the first ones; ``null``: all."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with rows that cannot be used: stop, or skip, count and log them."""
     generator: GeneratorConfig = GeneratorConfig()

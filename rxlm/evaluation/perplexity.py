@@ -30,9 +30,10 @@ from rxlm.evaluation.carry_over import carry_over_flags
 from rxlm.evaluation.conditions import Condition, memory_to_read
 from rxlm.evaluation.progress import Progress
 from rxlm.evaluation.rows import ALL_TURNS, PerplexityRow
+from rxlm.nn.evaluation_mode import evaluation_mode
 from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.rxt.dialogues import DialogueBatch, Row, Rows, TurnEncoder, dialogue_batch
-from rxlm.rxt.generation import evaluation_mode, turn_limit
+from rxlm.rxt.generation import turn_limit
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.rxt.unroll import (
     answer_rows,

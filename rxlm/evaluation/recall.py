@@ -35,9 +35,10 @@ from rxlm.evaluation.recall_plan import (
 )
 from rxlm.evaluation.rows import Mistake, RecallRow
 from rxlm.evaluation.scoring import score_answer
+from rxlm.nn.evaluation_mode import evaluation_mode
 from rxlm.rxt.conversation import ConversationState
 from rxlm.rxt.dialogues import TurnEncoder
-from rxlm.rxt.generation import evaluation_mode, turn_limit
+from rxlm.rxt.generation import turn_limit
 from rxlm.rxt.reactive import ReactiveModel
 
 

@@ -28,7 +28,7 @@ from rxlm.evaluation.result_tables import report_tables
 from rxlm.evaluation.tables import rich_table
 from rxlm.evaluation.transcript import Line
 from rxlm.rxt.reactive import ReactiveModel
-from rxlm.rxt.state_files import write_bytes
+from rxlm.storage.files import write_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

@@ -28,12 +28,16 @@ from rxlm.nn.based import BasedMixer, BasedSettings, GatedConvolution
 from rxlm.nn.feature_map_attention import TAYLOR_DIM, FeatureMapAttention, FeatureMapSettings
 from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention, Mode
 from rxlm.nn.local_cache import LocalCache, attend_locally, next_positions
-from rxlm.ops.attention import visible_keys
+from rxlm.ops.alibi import alibi_bias
+from rxlm.ops.attention import attend, visible_keys
 from rxlm.ops.local_pattern import LocalPattern
 from rxlm.ops.rotary import rotary_phases
 
 Cost = Literal["linear", "quadratic"]
 """How time grows with the number of tokens."""
+
+Positions = Literal["rotary", "alibi"]
+"""How a mixer itself can know where a token stands."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class MixerSettings:
         num_key_value_heads: G of softmax attention; None = H.
         rotary: whether softmax attention rotates queries and keys (recurrences know the order).
         rope_base: base of the rotary frequencies.
+        alibi: whether softmax attention is biased towards near keys (not together with rotary).
         dropout: probability of dropping an attention weight.
         window: tokens that a window attention sees, the token itself included.
         conv_size: tokens of the short convolution of recurrences; None = without.
@@ -61,6 +66,7 @@ class MixerSettings:
     num_key_value_heads: int | None = None
     rotary: bool = True
     rope_base: float = 10000.0
+    alibi: bool = False
     dropout: float = 0.0
     window: int = 128
     conv_size: int | None = 4
@@ -72,11 +78,13 @@ class MixerSettings:
 
 
 class Mixer(NamedTuple):
-    """An entry of the table: how to build it, how it scales, and one line about it."""
+    """An entry of the table: how to build it, how it scales, one line about it, and which
+    positions it can apply itself if the settings ask for them."""
 
     build: Callable[[MixerSettings], nn.Module]
     cost: Cost
     summary: str
+    positions: tuple[Positions, ...] = ()
 
 
 MIXERS: dict[str, Mixer] = {}
@@ -84,7 +92,7 @@ MIXERS: dict[str, Mixer] = {}
 
 
 def register_mixer(
-    name: str, *, cost: Cost, summary: str
+    name: str, *, cost: Cost, summary: str, positions: tuple[Positions, ...] = ()
 ) -> Callable[[Callable[[MixerSettings], nn.Module]], Callable[[MixerSettings], nn.Module]]:
     """Return a decorator that enters a builder into the table.
 
@@ -95,7 +103,7 @@ def register_mixer(
     def enter(build: Callable[[MixerSettings], nn.Module]) -> Callable[[MixerSettings], nn.Module]:
         if name in MIXERS:
             raise UserError(f"a mixer named {name!r} exists: choose another name.")
-        MIXERS[name] = Mixer(build, cost, summary)
+        MIXERS[name] = Mixer(build, cost, summary, positions)
         return build
 
     return enter
@@ -137,11 +145,12 @@ class SoftmaxCache(NamedTuple):
 
 
 class SoftmaxMixer(nn.Module):
-    """Causal softmax attention (MHA, GQA, MQA by head counts) with rotary positions."""
+    """Causal softmax attention (MHA, GQA, MQA by head counts), rotary or with linear biases."""
 
     def __init__(self, settings: MixerSettings) -> None:
         super().__init__()
         self.rope_base = settings.rope_base if settings.rotary else None
+        self.alibi = settings.alibi
         self.attention = _attention(settings)
 
     def forward(
@@ -173,8 +182,27 @@ class SoftmaxMixer(nn.Module):
             device=x.device,
         )
         lengths = start + counts[:, -1] if x.shape[1] else start
-        y = self.attention(x, present, mask, phases)
+        y = self._attend(x, present, mask, phases, all_keys)
         return y, SoftmaxCache(present, all_keys, lengths)
+
+    def _attend(
+        self,
+        x: Tensor,
+        present: KeyValue,
+        mask: Tensor | None,
+        phases: Tensor | None,
+        all_keys: Tensor,
+    ) -> Tensor:
+        if not self.alibi:
+            return self.attention(x, present, mask, phases)
+        settings = self.attention.settings
+        query = self.attention.project_queries(x, phases)
+        positions = all_keys.long().cumsum(dim=1)
+        bias = alibi_bias(positions[:, -x.shape[1] :], positions, settings.num_heads)
+        bias = bias.to(query.dtype)
+        dropout = settings.dropout if self.training else 0.0
+        heads = attend(query, present.key, present.value, mask, bias=bias, dropout=dropout)
+        return self.attention.combine(heads, x)
 
 
 class LocalMixer(nn.Module):
@@ -228,11 +256,18 @@ def _check_heads(settings: MixerSettings) -> None:
             f"dim={settings.dim} with num_heads={heads} makes heads {settings.dim // heads} wide, "
             "but rotary positions turn pairs: use an even width, or rotary=False."
         )
+    if settings.rotary and settings.alibi:
+        raise UserError("rotary=True with alibi=True: choose one kind of positions.")
     if groups is not None and heads % groups:
         raise UserError(f"num_heads={heads} is not divisible by num_key_value_heads={groups}.")
 
 
-@register_mixer("softmax", cost="quadratic", summary="softmax attention with rotary positions")
+@register_mixer(
+    "softmax",
+    cost="quadratic",
+    summary="softmax attention with rotary positions",
+    positions=("rotary", "alibi"),
+)
 def _softmax(settings: MixerSettings) -> nn.Module:
     return SoftmaxMixer(settings)
 
@@ -318,7 +353,10 @@ def _taylor(settings: MixerSettings) -> nn.Module:
 
 
 @register_mixer(
-    "based", cost="linear", summary="Taylor attention plus a window, after a convolution"
+    "based",
+    cost="linear",
+    positions=("rotary",),
+    summary="Taylor attention plus a window, after a convolution",
 )
 def _based(settings: MixerSettings) -> nn.Module:
     if settings.conv_size is None:
@@ -353,6 +391,11 @@ def _gated_conv(settings: MixerSettings) -> nn.Module:
     return GatedConvolution(settings.dim, settings.conv_size)
 
 
-@register_mixer("local", cost="linear", summary="softmax attention to a sliding window")
+@register_mixer(
+    "local",
+    cost="linear",
+    summary="softmax attention to a sliding window",
+    positions=("rotary",),
+)
 def _local(settings: MixerSettings) -> nn.Module:
     return LocalMixer(settings)

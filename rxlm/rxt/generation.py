@@ -8,16 +8,15 @@ Shapes: B conversations, T tokens of the longest prompt, D width, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rxlm.errors import UserError
+from rxlm.nn.evaluation_mode import evaluation_mode
+from rxlm.ops.padding import check_ids, padded
 from rxlm.ops.sampling import SamplingSettings, sample, uniform_draw
 from rxlm.rxt.components import DecodeCache, MemoryReading
 from rxlm.rxt.conversation import ConversationState
@@ -200,57 +199,6 @@ class AnswerStream:
         if self.settings.repetition_penalty != 1.0:
             previous = padded(self._answers, -1)[0].to(logits.device)
         return sample(logits, self.settings, uniforms, previous).tolist()
-
-
-_PAUSED: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
-_PAUSED_LOCK = threading.Lock()
-
-
-@contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off for a block, then put every submodule's mode back.
-
-    Safe when threads compute with one model at the same time: the first to enter switches, the
-    last to leave puts back.
-    """
-    with _PAUSED_LOCK:
-        users, paused = _PAUSED.get(module, (0, []))
-        if users == 0:
-            paused = [part for part in module.modules() if part.training]
-            for part in paused:
-                part.training = False
-        _PAUSED[module] = (users + 1, paused)
-    try:
-        yield
-    finally:
-        with _PAUSED_LOCK:
-            users, paused = _PAUSED.pop(module)
-            if users > 1:
-                _PAUSED[module] = (users - 1, paused)
-            else:
-                for part in paused:
-                    part.training = True
-
-
-def padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
-    """Return right-padded ids, int64 ``[B, T]``, and the bool mask of the real ones.
-
-    T is the longest row's length, at least one.
-    """
-    longest = max(1, max(len(row) for row in rows))
-    ids = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids.view(len(rows), longest), torch.arange(longest) < lengths[:, None]
-
-
-def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
-    """Raise ``UserError`` if ``what`` holds ids outside ``0 .. vocab_size - 1``."""
-    outside = [token for token in ids if not 0 <= token < vocab_size]
-    if outside:
-        raise UserError(
-            f"{what} holds token id {outside[0]}, outside the model's vocabulary of {vocab_size} "
-            "tokens: it was made with another tokenizer."
-        )
 
 
 def turn_limit(network: RxTNetwork, max_seq_len: int | None = None) -> int:

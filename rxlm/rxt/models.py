@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rxlm.errors import UserError
+from rxlm.ops.padding import padded
 from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt import saving
 from rxlm.rxt.config import (
@@ -27,10 +28,11 @@ from rxlm.rxt.config import (
     TokenizerConfig,
 )
 from rxlm.rxt.conversation import ConversationState, check_carried, check_slots
-from rxlm.rxt.generation import AnswerLimits, answer_room, padded, with_answer_token
+from rxlm.rxt.generation import AnswerLimits, answer_room, with_answer_token
 from rxlm.rxt.held import EarlyStop, HeldConversation, MemoryUpdate, check_choice
 from rxlm.rxt.reactive import ReactiveModel, tokenizer_config_of
 from rxlm.rxt.session import Session
+from rxlm.storage.hub import local_folder
 from rxlm.tokenization import Tokenizer, encode_interaction, encode_query
 from rxlm.tokenization.stream import TextStream
 
@@ -371,7 +373,7 @@ class RxTAlpha(ReactiveModel):
         Raises:
             UserError: if there is no model, or it is damaged or inconsistent.
         """
-        return saving.load_model(cls, saving.local_folder(directory), strict=strict, device=device)
+        return saving.load_model(cls, local_folder(directory), strict=strict, device=device)
 
     def load_weights(self, directory: str | Path) -> None:
         """Copy the weights of a model folder into this model, in place and strictly."""

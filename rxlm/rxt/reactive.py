@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from rxlm.errors import UserError
+from rxlm.nn.evaluation_mode import evaluation_mode
 from rxlm.nn.recurrent_cache import CarriedState
+from rxlm.ops.padding import check_ids, padded
 from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt.config import RxTConfig, TokenizerConfig
 from rxlm.rxt.conversation import ConversationState, check_carried
-from rxlm.rxt.fingerprint import ModelFingerprint, weights_fingerprint
+from rxlm.rxt.fingerprint import ModelFingerprint
 from rxlm.rxt.generation import (
     Answer,
     AnswerLimits,
     AnswerStream,
-    check_ids,
-    evaluation_mode,
-    padded,
     turn_limit,
 )
 from rxlm.rxt.model import RxTNetwork
+from rxlm.storage.weights import weight_problems, weights_fingerprint
 from rxlm.tokenization import Tokenizer, encode_query, encode_system
 
 ModelType = TypeVar("ModelType", bound="ReactiveModel")
@@ -303,17 +303,3 @@ def tokenizer_config_of(tokenizer: Tokenizer) -> TokenizerConfig:
     return TokenizerConfig(
         **{name: getattr(tokenizer, name.replace("_token_id", "_id")) for name in fields}
     )
-
-
-def weight_problems(
-    expected: dict[str, Tensor], given: dict[str, Tensor], prefix: str = ""
-) -> list[str]:
-    """Return one sentence per weight that is missing, unknown, or of another shape."""
-    problems = [f"{prefix}{name}: missing" for name in expected if name not in given]
-    problems += [f"{prefix}{name}: unknown to this model" for name in given if name not in expected]
-    problems += [
-        f"{prefix}{name}: shape {list(tensor.shape)}, this model's is {list(expected[name].shape)}"
-        for name, tensor in given.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    return problems

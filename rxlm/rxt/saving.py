@@ -1,49 +1,68 @@
-"""Models as folders: weights, configuration, tokenizer and a card, saved and loaded strictly.
+"""Reactive Transformers as model folders (:mod:`rxlm.storage.weights` says which files).
 
-    model.safetensors   all weights, shared ones once
-    config.json         the RxTConfig, its format version, and the version of rxlm
-    README.md           a model card
-    tokenizer files     see rxlm.tokenization.storage
-
-Not here: which folder a path means (``model_folder``), training state (checkpoints have it beside
+``config.json`` holds the RxTConfig, its format version, and the version of rxlm. Not here: which
+folder a path means (:mod:`rxlm.storage.model_folder`), training state (checkpoints have it beside
 these files).
 """
 
 from __future__ import annotations
 
-import logging
-import tempfile
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import nn
 
 import rxlm
-from rxlm.errors import RunError, UserError
+from rxlm.errors import UserError
 from rxlm.rxt.config import RxTConfig
-from rxlm.rxt.fingerprint import distinct_tensors
-from rxlm.rxt.model_folder import (
-    CARD_FILE,
-    CONFIG_FILE,
-    MODEL_FILES,
-    WEIGHTS_FILE,
-    read_model_config,
-    resolve_model_dir,
+from rxlm.rxt.reactive import ReactiveModel
+from rxlm.storage.hub import push_folder
+from rxlm.storage.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_config_file
+from rxlm.storage.weights import (
+    copy_weights,
+    count_parameters,
+    load_tokenizer,
+    save_model_folder,
+    take_weights,
 )
-from rxlm.rxt.reactive import ReactiveModel, weight_problems
-from rxlm.rxt.state_files import json_bytes, read_tensors, write_bytes, write_tensors
-from rxlm.tokenization import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 ModelType = TypeVar("ModelType", bound=ReactiveModel)
 
-HUB_PREFIX = "hf://"
-"""Marks a model on the Hugging Face Hub, so that a mistyped path never becomes a download."""
 
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-_MAX_LISTED = 12
+_LANGUAGE_MODEL = "LanguageModel"
+"""What ``config.json`` names as the architecture of :mod:`rxlm.lm`."""
+
+
+class StoredConfig(NamedTuple):
+    """The content of ``config.json``: the model, and what wrote it."""
+
+    config: RxTConfig
+    architecture: str
+    rxlm_version: str
+
+
+def read_model_config(directory: str | Path) -> StoredConfig:
+    """Return the configuration of the model in ``directory``.
+
+    Raises:
+        UserError: if the file is missing, damaged, of another format or architecture, or invalid.
+    """
+    values = read_config_file(directory)
+    path = Path(directory, CONFIG_FILE)
+    architecture = str(values.pop("architecture", ""))
+    version = str(values.pop("rxlm_version", ""))
+    if architecture == _LANGUAGE_MODEL:
+        raise UserError(
+            f"{directory} is a language model without a memory, not a Reactive Transformer: "
+            f"measure it with `rxlm eval lm {directory}`, load it with "
+            "rxlm.lm.LanguageModel.from_pretrained."
+        )
+    if "decoder" not in values:
+        raise UserError(
+            f"{path} does not describe a model of rxlm (it has no 'decoder'): was it written by "
+            "another library?"
+        )
+    return StoredConfig(RxTConfig.parse(values, str(path)), architecture, version)
 
 
 def save_model(model: ReactiveModel, directory: str | Path, overwrite: bool = False) -> None:
@@ -58,24 +77,14 @@ def save_model(model: ReactiveModel, directory: str | Path, overwrite: bool = Fa
         UserError: if a file would be replaced and ``overwrite`` is false.
         RunError: if the disk refuses.
     """
-    folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: a model is saved into a folder.")
-    present = [name for name in MODEL_FILES if (folder / name).exists()]
-    if present and not overwrite:
-        raise UserError(
-            f"{folder} already holds {', '.join(present)}: save into another folder, or pass "
-            "overwrite=True to replace the model that is there."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if model.tokenizer is not None:
-            model.tokenizer.save(folder, overwrite=overwrite)
-    except OSError as error:
-        raise RunError(f"could not write into {folder}: {error}.") from error
-    write_tensors(folder / WEIGHTS_FILE, distinct_tensors(model), kind="model")
-    write_bytes(folder / CARD_FILE, model_card(model).encode("utf-8"))
-    write_bytes(folder / CONFIG_FILE, json_bytes(stored_config(model)))
+    save_model_folder(
+        model,
+        directory,
+        config=stored_config(model),
+        card=model_card(model),
+        tokenizer=model.tokenizer,
+        overwrite=overwrite,
+    )
 
 
 def load_model(
@@ -91,9 +100,8 @@ def load_model(
 
     Args:
         cls: the class to build.
-        directory: a model folder (see :func:`rxlm.rxt.model_folder.resolve_model_dir`).
-        strict: whether missing and unknown weights are errors; otherwise they are logged, and
-            missing ones keep their initial values. Other shapes are always errors.
+        directory: a model folder (see :func:`rxlm.storage.model_folder.resolve_model_dir`).
+        strict: see :func:`rxlm.storage.weights.take_weights`.
         device: where the model goes.
 
     Raises:
@@ -101,27 +109,13 @@ def load_model(
     """
     folder = Path(directory)
     config = read_model_config(folder).config
-    weights = read_tensors(folder / WEIGHTS_FILE)
-    tokenizer = Tokenizer.load(folder) if (folder / _TOKENIZER_CONFIG).is_file() else None
+    tokenizer = load_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):
         try:
             model = cls.from_config(config, tokenizer)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
-    expected = distinct_tensors(model)
-    problems = weight_problems(expected, weights)
-    fatal = problems if strict else [text for text in problems if ": shape " in text]
-    if fatal:
-        raise UserError(
-            f"{folder / WEIGHTS_FILE} does not hold the weights that {CONFIG_FILE} describes:\n"
-            + _shortened(fatal)
-        )
-    if problems:
-        logger.warning("%s: loaded although\n%s", folder / WEIGHTS_FILE, _shortened(problems))
-    for name, tensor in expected.items():
-        if name in weights:
-            # Through .data, so that parameters keep their identity (sharing) and their marks.
-            tensor.data = weights[name]
+    take_weights(model, folder, strict=strict)
     return model.to(device).eval()
 
 
@@ -132,15 +126,7 @@ def load_weights(model: ReactiveModel, directory: str | Path) -> None:
         UserError: if the file is missing or damaged, or does not fit the model. Nothing is
             copied then.
     """
-    path = Path(directory, WEIGHTS_FILE)
-    weights = read_tensors(path)
-    expected = distinct_tensors(model)
-    problems = weight_problems(expected, weights)
-    if problems:
-        raise UserError(f"{path} does not hold this model's weights:\n" + _shortened(problems))
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(weights[name])
+    copy_weights(model, Path(directory, WEIGHTS_FILE))
 
 
 def push_model(
@@ -152,37 +138,13 @@ def push_model(
     commit_message: str = "Upload model",
 ) -> str:
     """Upload the model folder to the Hugging Face Hub and return the address of the commit."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(model, folder)
-        return str(
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-        )
-
-
-def local_folder(path: str | Path) -> Path:
-    """Return the model folder that ``path`` means; ``hf://owner/name`` is downloaded."""
-    if str(path).startswith(HUB_PREFIX):
-        return download_model(str(path).removeprefix(HUB_PREFIX))
-    return resolve_model_dir(path)
-
-
-def download_model(repo_id: str) -> Path:
-    """Download ``owner/name`` from the Hugging Face Hub (cached) and return its local folder.
-
-    Raises:
-        RunError: if that fails.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo_id))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise RunError(f"hf://{repo_id} could not be downloaded: {error}") from error
+    return push_folder(
+        lambda folder: save_model(model, folder),
+        repo_id,
+        private=private,
+        token=token,
+        commit_message=commit_message,
+    )
 
 
 def stored_config(model: ReactiveModel) -> dict[str, object]:
@@ -192,18 +154,6 @@ def stored_config(model: ReactiveModel) -> dict[str, object]:
         "rxlm_version": rxlm.__version__,
         **model.config.model_dump(mode="json"),
     }
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Return the number of parameters by part; what parts share counts in the first."""
-    seen: set[int] = set()
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            part = name.split(".", 1)[0]
-            counts[part] = counts.get(part, 0) + parameter.numel()
-    return counts
 
 
 def model_card(model: ReactiveModel) -> str:
@@ -242,9 +192,3 @@ def model_card(model: ReactiveModel) -> str:
             "",
         ]
     )
-
-
-def _shortened(problems: list[str]) -> str:
-    more = len(problems) - _MAX_LISTED
-    lines = [f"  {text}" for text in problems[:_MAX_LISTED]]
-    return "\n".join([*lines, f"  ... and {more} more"] if more > 0 else lines)

@@ -32,7 +32,7 @@ from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt.conversation import ConversationState, check_carried, check_slots
 from rxlm.rxt.fingerprint import ModelFingerprint
-from rxlm.rxt.state_files import (
+from rxlm.storage.files import (
     json_bytes,
     listing,
     read_json,

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rxlm.errors import UserError
-from rxlm.rxt.config import RxTConfig
-from rxlm.rxt.model_folder import read_model_config
-from rxlm.rxt.saving import count_parameters
+from rxlm.lm.config import LMConfig
+from rxlm.lm.language_model import read_lm_config
+from rxlm.lm.model import state_bytes
+from rxlm.rxt.config import RxTComponentConfig, RxTConfig
+from rxlm.rxt.saving import read_model_config
+from rxlm.storage.weights import count_parameters
 from rxlm.tokenization import Tokenizer, train_tokenizer
 from rxlm.training.build import (
     StageInputs,
@@ -22,13 +25,19 @@ from rxlm.training.build import (
     check_same_architecture,
     model_config,
 )
+from rxlm.training.build_lm import build_lm_objective, build_lm_on_meta, check_same_lm, lm_config
 from rxlm.training.objectives.joint_lm import JointBatch
-from rxlm.training.recipes import PREVIOUS, ModelRecipe, StageFile, TokenizerRecipe
+from rxlm.training.objectives.language_modeling import row_length
+from rxlm.training.recipes import PREVIOUS, LMRecipe, ModelRecipe, StageFile, TokenizerRecipe
 from rxlm.training.stage import find_inputs
 from rxlm.training.tokenizer_stage import TokenizerStageSettings, tokenizer_texts
 
 _SAMPLE_DIALOGUES = 1000
 _SAMPLE_TEXTS = 30_000
+_UNKNOWN = (
+    "{}: what is 'previous' has not been trained and there is no 'model', so nothing is known "
+    "about it. Train the earlier stages first."
+)
 _BYTES = 4
 """Of a weight, a gradient, or one of the optimizer's moments: all are fp32."""
 
@@ -47,9 +56,11 @@ class DryRun(NamedTuple):
     optimizer_bytes: int
     """Gradients and the optimizer's two moments."""
     memory_bytes: int
-    """Short-term memory of one conversation."""
+    """Short-term memory of one conversation; a language model's state after ``state_tokens``."""
     notes: list[str]
     """What these figures rest on, where that is not obvious."""
+    state_tokens: int | None = None
+    """For a language model: tokens of a row."""
 
 
 def dry_run(stage: StageFile, folder: Path) -> DryRun:
@@ -69,6 +80,8 @@ def dry_run(stage: StageFile, folder: Path) -> DryRun:
         num_characters = sum(len(text) for text in texts)
         return DryRun({}, 0, 0, 0, 0, 0, 0, [f"{num_characters:,} characters of training text"])
     notes: list[str] = []
+    if isinstance(recipe, LMRecipe):
+        return _dry_run_lm(stage, recipe, folder, notes)
     tokenizer, config = _tokenizer_and_config(stage, folder, notes)
     model = build_on_meta(config)
     objective = build_objective(recipe, model, tokenizer)
@@ -93,19 +106,54 @@ def dry_run(stage: StageFile, folder: Path) -> DryRun:
     )
 
 
+def _dry_run_lm(stage: StageFile, recipe: LMRecipe, folder: Path, notes: list[str]) -> DryRun:
+    inputs = _available_inputs(stage, folder, notes)
+    if inputs is None:
+        if recipe.model is None:
+            raise UserError(_UNKNOWN.format(stage.path))
+        tokenizer = _stand_in_tokenizer(recipe)
+        config = lm_config(recipe.model, tokenizer)
+    else:
+        tokenizer = Tokenizer.load(inputs.tokenizer_folder)
+        stored = None if inputs.model_folder is None else read_lm_config(inputs.model_folder)
+        if recipe.model is None:
+            if stored is None:
+                raise UserError(f"{stage.path}: init_from is null, so 'model' must be described.")
+            config = stored
+        else:
+            config = lm_config(recipe.model, tokenizer)
+            if stored is not None:
+                check_same_lm(stored, config, inputs.model_folder or folder)
+    model = build_lm_on_meta(config)
+    model.set_tokenizer(tokenizer)
+    objective = build_lm_objective(recipe, model)
+    batches = [objective.batch(0, index) for index in range(recipe.train.accumulation)]
+    length = row_length(model, recipe.objective)
+    parameters = count_parameters(model)
+    total = sum(parameters.values())
+    return DryRun(
+        parameters=parameters,
+        num_trained=total,
+        steps=recipe.train.steps,
+        tokens_per_step=sum(int(rows.mask.sum()) for batch in batches for rows in batch),
+        weight_bytes=_BYTES * total,
+        optimizer_bytes=3 * _BYTES * total,
+        memory_bytes=state_bytes(config, length),
+        notes=notes,
+        state_tokens=length,
+    )
+
+
 def _tokenizer_and_config(
     stage: StageFile, folder: Path, notes: list[str]
 ) -> tuple[Tokenizer, RxTConfig]:
     """Return the tokenizer and the model's configuration, or stand-ins for what is not there."""
     recipe = stage.recipe
-    assert not isinstance(recipe, TokenizerRecipe)
+    assert not isinstance(recipe, TokenizerRecipe | LMRecipe)
     inputs = _available_inputs(stage, folder, notes)
     if inputs is None:
         if recipe.model is None:
-            raise UserError(
-                f"{stage.path}: what is 'previous' has not been trained and there is no 'model', "
-                "so nothing is known about it. Train the earlier stages first."
-            )
+            raise UserError(_UNKNOWN.format(stage.path))
         tokenizer = _stand_in_tokenizer(recipe)
         return tokenizer, model_config(recipe.model, tokenizer)
     tokenizer = Tokenizer.load(inputs.tokenizer_folder)
@@ -127,17 +175,22 @@ def _available_inputs(stage: StageFile, folder: Path, notes: list[str]) -> Stage
     try:
         return find_inputs(stage, folder)
     except UserError as error:
-        if PREVIOUS not in (recipe.init_from, recipe.tokenizer_from):
+        own = recipe.tokenizer_from.endswith((".yaml", ".yml"))
+        if not own and PREVIOUS not in (recipe.init_from, recipe.tokenizer_from):
             raise
         notes.append(f"not ready to run: {error}")
         notes.append("figures rest on a tokenizer trained for them on a sample of the data")
         return None
 
 
-def _stand_in_tokenizer(recipe: ModelRecipe) -> Tokenizer:
+def _stand_in_tokenizer(recipe: ModelRecipe | LMRecipe) -> Tokenizer:
     settings = TokenizerStageSettings(dialogues=_SAMPLE_DIALOGUES)
     texts = itertools.islice(tokenizer_texts(recipe.data, settings), _SAMPLE_TEXTS)
     training = recipe.tokenizer
-    if recipe.model is not None and "vocab_size" in recipe.model.decoder.model_fields_set:
-        training = training.model_copy(update={"vocab_size": recipe.model.decoder.vocab_size})
+    if isinstance(recipe, LMRecipe):
+        section: LMConfig | RxTComponentConfig | None = recipe.model
+    else:
+        section = None if recipe.model is None else recipe.model.decoder
+    if section is not None and "vocab_size" in section.model_fields_set:
+        training = training.model_copy(update={"vocab_size": section.vocab_size})
     return train_tokenizer(texts, training)

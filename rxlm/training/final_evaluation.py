@@ -28,7 +28,7 @@ from rxlm.evaluation.report import build_report, read_json, write_report
 from rxlm.rxt.models import RxTAlpha
 from rxlm.training.device import cpu_threads, resolve_device
 from rxlm.training.metrics import read_metrics
-from rxlm.training.recipes import ModelRecipe, Recipe, TokenizerRecipe, read_recipe
+from rxlm.training.recipes import LMRecipe, ModelRecipe, Recipe, TokenizerRecipe, read_recipe
 from rxlm.training.stage import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def recipe_of_model(model_folder: Path) -> ModelRecipe | None:
     if model_folder.resolve().parent.name != "checkpoints" or not path.is_file():
         return None
     recipe = read_recipe(path).recipe
-    return None if isinstance(recipe, TokenizerRecipe) else recipe
+    return None if isinstance(recipe, TokenizerRecipe | LMRecipe) else recipe
 
 
 def evaluate_pipeline(

@@ -1,4 +1,4 @@
-"""Metrics of a run: averages between log lines, ``metrics.jsonl``, and TensorBoard. No torch.
+"""Metrics of a run: averages between log lines, and ``metrics.jsonl``. No torch.
 
 ``metrics.jsonl`` holds one object per line with ``kind`` (``train`` or ``validation``) and ``step``
 (updates made so far). A resumed run cuts off the lines after its checkpoint, so that the file
@@ -7,16 +7,16 @@ equals that of a run that was never interrupted, except for the fields in ``TIMI
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rxlm.errors import UserError
+from rxlm.training.loggers import MetricLogger
 
 logger = logging.getLogger(__name__)
 
@@ -45,23 +45,22 @@ class MetricWindow:
 
 
 class MetricSinks:
-    """Writes every metrics line to ``metrics.jsonl`` and, when asked to, to TensorBoard."""
+    """Writes every metrics line to ``metrics.jsonl`` and to the loggers."""
 
-    def __init__(self, path: Path | None, tensorboard: Path | None, after_step: int) -> None:
+    def __init__(self, path: Path | None, loggers: Sequence[MetricLogger], after_step: int) -> None:
         """Open the sinks.
 
         Args:
             path: the JSONL file; lines after ``after_step`` are cut off. None: nothing is written
                 (another process of the run does).
-            tensorboard: folder of the event files, or ``None``.
-            after_step: number of updates that were made before; events after it are superseded.
+            loggers: other places that show metrics; closed together with this.
+            after_step: number of updates that were made before.
         """
         self._file = None
-        self._writer = None
         if path is not None:
             truncate_metrics(path, after_step)
             self._file = path.open("a", encoding="utf-8")
-            self._writer = _open_tensorboard(tensorboard, after_step) if tensorboard else None
+        self._loggers = list(loggers)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Write one line; numbers that JSON cannot hold (NaN, infinities) become ``null``."""
@@ -74,23 +73,22 @@ class MetricSinks:
         }
         self._file.write(json.dumps(clean, allow_nan=False) + "\n")
         self._file.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
+        for place in self._loggers:
+            place.write({f"{kind}/{name}": value for name, value in values.items()}, step)
 
     def sync(self) -> None:
         """Force everything to disk: a checkpoint relies on the lines before it."""
         if self._file is not None:
             os.fsync(self._file.fileno())
-        if self._writer is not None:
-            self._writer.flush()
+        for place in self._loggers:
+            place.flush()
 
     def close(self) -> None:
-        """Close both sinks."""
+        """Close the file and the loggers."""
         if self._file is not None:
             self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for place in self._loggers:
+            place.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -128,13 +126,3 @@ def truncate_metrics(path: Path, after_step: int) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _open_tensorboard(directory: Path, after_step: int) -> Any:
-    """Return a ``SummaryWriter``, or ``None`` (and say so) when tensorboard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        logger.info("no TensorBoard events: `pip install tensorboard` to get them")
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(directory), purge_step=after_step + 1 if after_step else None)

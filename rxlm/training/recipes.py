@@ -13,16 +13,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from rxlm.configuration import Config
 from rxlm.data.conversation_source import DataConfig
 from rxlm.errors import UserError
 from rxlm.evaluation.perplexity import PerplexitySettings
 from rxlm.evaluation.recall_plan import RecallSettings
+from rxlm.lm.config import LMConfig
 from rxlm.rxt.config import MemoryAttentionConfig, RxTComponentConfig
 from rxlm.tokenization import TokenizerTraining
 from rxlm.training.objectives.joint_lm import JointLMSettings
+from rxlm.training.objectives.language_modeling import LMSettings
 from rxlm.training.objectives.memory_aware import MemoryAwareSettings
 from rxlm.training.objectives.memory_pretraining import MemoryPretrainingSettings
 from rxlm.training.objectives.sft import SFTSettings
@@ -38,7 +40,7 @@ _SIZES_OF_MEMORY = ("num_layers", "embed_dim", "att_heads", "stm_size", "seq_len
 _NO_EFFECT_ON_RESULT = frozenset(
     {
         "device", "threads", "prefetch", "gradient_checkpointing", "strategy", "deepspeed",
-        "log_every", "save_every", "keep_last", "tensorboard",
+        "log_every", "save_every", "keep_last", "loggers", "wandb_project", "trackio_project",
     }
 )  # fmt: skip
 
@@ -89,16 +91,22 @@ class Recipe(Config):
     """Conversations and texts."""
     tokenizer: TokenizerTraining = TokenizerTraining()
     """How the tokenizer is trained (stage ``tokenizer``)."""
-    model: ModelSection | None = None
-    """The networks; ``null``: those of ``init_from``."""
     init_from: str | None = PREVIOUS
     """Where the weights come from: ``previous`` (the recipe before this one), a run or model
     folder, or ``null`` for new weights."""
     tokenizer_from: str = PREVIOUS
     """Where the tokenizer comes from when there is no ``init_from``: ``previous`` (the nearest
-    recipe before this one that has one), or a folder with a tokenizer in it."""
+    recipe before this one that has one), the name of a recipe beside this one (``x.yaml``: its
+    run beside this run), or a folder with a tokenizer in it."""
     evaluation: EvaluationSection = EvaluationSection()
     """What is measured when a pipeline has run."""
+
+
+def _which_model(section: Any) -> str:
+    reactive = isinstance(section, ModelSection) or (
+        isinstance(section, Mapping) and "decoder" in section
+    )
+    return "reactive" if reactive else "language"
 
 
 class TokenizerRecipe(Recipe):
@@ -106,6 +114,14 @@ class TokenizerRecipe(Recipe):
 
     stage: Literal["tokenizer"]
     """Which stage this is."""
+    model: (
+        Annotated[
+            Annotated[ModelSection, Tag("reactive")] | Annotated[LMConfig, Tag("language")],
+            Discriminator(_which_model),
+        ]
+        | None
+    ) = None
+    """Not used by this stage; of either kind, so that recipes can share a parent."""
     train: TrainSettings = TrainSettings(steps=1)
     """Not used by this stage."""
     objective: TokenizerStageSettings = TokenizerStageSettings()
@@ -124,7 +140,28 @@ class TrainedRecipe(Recipe):
     """Steps, optimizer, schedule, cadence."""
 
 
-class JointLMRecipe(TrainedRecipe):
+class ReactiveRecipe(TrainedRecipe):
+    """A stage that trains a Reactive Transformer."""
+
+    model: ModelSection | None = None
+    """The networks; ``null``: those of ``init_from``."""
+
+
+class LMRecipe(TrainedRecipe):
+    """A language model without a memory, from new weights or fine-tuned (``init_from``)."""
+
+    stage: Literal["lm"]
+    """Which stage this is."""
+    model: LMConfig | None = None
+    """The network; ``null``: that of ``init_from``."""
+    init_from: str | None = None
+    """A run or model folder whose weights are fine-tuned, ``previous``, or ``null`` for new
+    weights."""
+    objective: LMSettings = LMSettings()
+    """Batch, rows."""
+
+
+class JointLMRecipe(ReactiveRecipe):
     """Stage 2: encoder and decoder learn a common language."""
 
     stage: Literal["joint_lm"]
@@ -135,7 +172,7 @@ class JointLMRecipe(TrainedRecipe):
     """Masking, noise, batch."""
 
 
-class SFTRecipe(TrainedRecipe):
+class SFTRecipe(ReactiveRecipe):
     """Stage 3: interactions."""
 
     stage: Literal["sft"]
@@ -144,7 +181,7 @@ class SFTRecipe(TrainedRecipe):
     """Masking, noise, batch."""
 
 
-class MemoryPretrainingRecipe(TrainedRecipe):
+class MemoryPretrainingRecipe(ReactiveRecipe):
     """Stage 4: memory attention learns to write."""
 
     stage: Literal["memory_pretraining"]
@@ -153,7 +190,7 @@ class MemoryPretrainingRecipe(TrainedRecipe):
     """Targets, batch."""
 
 
-class MemoryAwareRecipe(TrainedRecipe):
+class MemoryAwareRecipe(ReactiveRecipe):
     """Stage 5: answering from memory."""
 
     stage: Literal["memory_aware"]
@@ -163,8 +200,8 @@ class MemoryAwareRecipe(TrainedRecipe):
 
 
 ModelRecipe = JointLMRecipe | SFTRecipe | MemoryPretrainingRecipe | MemoryAwareRecipe
-"""A recipe that trains a model."""
-AnyRecipe = Annotated[TokenizerRecipe | ModelRecipe, Field(discriminator="stage")]
+"""A recipe that trains a Reactive Transformer."""
+AnyRecipe = Annotated[TokenizerRecipe | ModelRecipe | LMRecipe, Field(discriminator="stage")]
 """A recipe: a tagged union over ``stage``."""
 
 STAGES: dict[str, type[Recipe]] = {
@@ -173,6 +210,7 @@ STAGES: dict[str, type[Recipe]] = {
     "sft": SFTRecipe,
     "memory_pretraining": MemoryPretrainingRecipe,
     "memory_aware": MemoryAwareRecipe,
+    "lm": LMRecipe,
 }
 
 
@@ -180,7 +218,7 @@ class StageFile(NamedTuple):
     """A recipe and the file that it came from."""
 
     path: Path
-    recipe: TokenizerRecipe | ModelRecipe
+    recipe: TokenizerRecipe | ModelRecipe | LMRecipe
 
     @property
     def name(self) -> str:
@@ -274,10 +312,13 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     A ``vocab_size`` that the recipe leaves to the tokenizer is left out.
     """
     values = recipe.model_dump(mode="json")
-    if recipe.model is not None:
+    model = getattr(recipe, "model", None)
+    if isinstance(model, ModelSection):
         for name in ("decoder", "encoder"):
-            if "vocab_size" not in getattr(recipe.model, name).model_fields_set:
+            if "vocab_size" not in getattr(model, name).model_fields_set:
                 del values["model"][name]["vocab_size"]
+    elif isinstance(model, LMConfig) and "vocab_size" not in model.model_fields_set:
+        del values["model"]["vocab_size"]
     return values
 
 

@@ -6,12 +6,15 @@ objective of the stage.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from rxlm.configuration import Config
 from rxlm.errors import UserError
+
+LoggerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class TrainSettings(Config):
@@ -79,8 +82,15 @@ class TrainSettings(Config):
     """Stop after this many validations without a better ``best_metric``; ``null`` = never."""
     max_bad_steps: int = Field(default=10, ge=0)
     """How many steps in a row may be skipped for a non-finite loss or gradient."""
-    tensorboard: bool = True
-    """Write TensorBoard events too, if the ``tensorboard`` package is installed."""
+    loggers: tuple[LoggerName, ...] = ("tensorboard",)
+    """Where metrics go besides ``metrics.jsonl``: ``tensorboard``, ``wandb``, ``trackio``."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases (default ``rxlm``); giving one switches ``wandb`` on."""
+    trackio_project: str | None = None
+    """Project of trackio (default ``rxlm``); giving one switches ``trackio`` on."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**_with_loggers(values))
 
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
@@ -98,3 +108,18 @@ class TrainSettings(Config):
                 "validate_every is null: set validate_every to a number of steps."
             )
         return self
+
+
+def _with_loggers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the loggers whose project is given; read ``tensorboard: false`` of older recipes."""
+    known = dict(values)
+    loggers = known.get("loggers", TrainSettings.model_fields["loggers"].default)
+    if not isinstance(loggers, list | tuple):
+        return known
+    loggers = list(loggers)
+    if known.pop("tensorboard", True) is False:
+        loggers = [name for name in loggers if name != "tensorboard"]
+    for name in ("wandb", "trackio"):
+        if known.get(f"{name}_project") is not None and name not in loggers:
+            loggers.append(name)
+    return {**known, "loggers": loggers}

@@ -15,14 +15,19 @@ from typing import NamedTuple
 from rich.console import Console
 
 from rxlm.errors import UserError
-from rxlm.rxt.model_folder import resolve_model_dir
+from rxlm.storage.model_folder import resolve_model_dir
 from rxlm.tokenization.storage import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from rxlm.training.build import StageInputs, build_model, build_objective
+from rxlm.training.build_lm import build_language_model, build_lm_objective
 from rxlm.training.checkpoint import find_latest
 from rxlm.training.distributed.world import World, open_world
+from rxlm.training.objectives.language_modeling import LMObjective
+from rxlm.training.objectives.model_objective import ModelObjective
 from rxlm.training.recipe import diff_mappings, fingerprint, load_mapping
 from rxlm.training.recipes import (
     PREVIOUS,
+    LMRecipe,
+    ModelRecipe,
     StageFile,
     TokenizerRecipe,
     read_recipe,
@@ -95,18 +100,30 @@ def _run_stage(
         return StageResult(stage.name, folder, done.status, done.metrics, done.seconds)
     # All that can be wrong with the input is found out before anything is written.
     inputs = find_inputs(stage, folder)
-    model = build_model(recipe, inputs)
-    tokenizer = model.require_tokenizer()
-    objective = build_objective(recipe, model, tokenizer, inputs.model_folder)
+    objective = build_stage(recipe, inputs)
     run = RunFolder.open(folder, recipe.stage, values, writes=world.is_main)
     # Nobody goes on before all have seen the folder as it was.
     world.wait()
     if world.is_main and find_latest(folder) is None:
-        write_inputs(stage, folder, tokenizer.fingerprint)
+        write_inputs(stage, folder, objective.tokenizer.fingerprint)
     result = Trainer(objective, recipe.train, run, console).train()
     return StageResult(
         stage.name, folder, result.status, result.metrics, result.seconds, signal=result.signal
     )
+
+
+def build_stage(
+    recipe: ModelRecipe | LMRecipe, inputs: StageInputs
+) -> ModelObjective | LMObjective:
+    """Return the objective of a stage, around its model, with its data opened.
+
+    Raises:
+        UserError: when something does not fit.
+    """
+    if isinstance(recipe, LMRecipe):
+        return build_lm_objective(recipe, build_language_model(recipe, *inputs))
+    model = build_model(recipe, inputs)
+    return build_objective(recipe, model, model.require_tokenizer(), inputs.model_folder)
 
 
 def find_inputs(stage: StageFile, folder: Path) -> StageInputs:
@@ -209,6 +226,8 @@ def _read_inputs(folder: Path) -> dict[str, dict[str, str] | None]:
 def _find_tokenizer(stage: StageFile, folder: Path) -> Path:
     """Return the folder that ``tokenizer_from`` means."""
     given = stage.recipe.tokenizer_from
+    if given.endswith((".yaml", ".yml")):
+        return _tokenizer_of_recipe(stage, folder)
     if given != PREVIOUS:
         for candidate in (Path(given), *_model_folders(Path(given))):
             if (candidate / TOKENIZER_CONFIG_FILE).is_file():
@@ -221,6 +240,22 @@ def _find_tokenizer(stage: StageFile, folder: Path) -> Path:
             if is_finished(run) and (candidate / TOKENIZER_CONFIG_FILE).is_file():
                 return candidate
     return _finished(before[-1], folder, stage, "tokenizer_from")
+
+
+def _tokenizer_of_recipe(stage: StageFile, folder: Path) -> Path:
+    """Return the run folder of the recipe beside this one that ``tokenizer_from`` names."""
+    given = stage.recipe.tokenizer_from
+    path = stage.path.parent / given
+    run = folder.parent / path.stem
+    for candidate in (run, *_model_folders(run)):
+        if is_finished(run) and (candidate / TOKENIZER_CONFIG_FILE).is_file():
+            return candidate
+    if not path.is_file():
+        raise UserError(f"{stage.path}: tokenizer_from: {given} is no recipe (looked for {path}).")
+    raise UserError(
+        f"{stage.path}: tokenizer_from is the recipe {given}, but {run} holds no finished run. "
+        f"Train it first: rxlm train {path} --out {run}"
+    )
 
 
 def _model_folders(run: Path) -> list[Path]:

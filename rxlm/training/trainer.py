@@ -22,6 +22,7 @@ from rxlm.training.distributed.sharding import local_batches, num_local_micro_ba
 from rxlm.training.distributed.strategy import DataParallel, Strategy
 from rxlm.training.distributed.world import World, current_world
 from rxlm.training.distributed.zero import ZeRO, read_deepspeed_file, require_deepspeed
+from rxlm.training.loggers import check_loggers, open_loggers
 from rxlm.training.loop import Ending, TrainingLoop
 from rxlm.training.metrics import MetricSinks
 from rxlm.training.objective import Objective
@@ -108,8 +109,9 @@ class Trainer:
             console: where the progress bar goes; default standard error.
 
         Raises:
-            UserError: when the device is not there or nothing is trainable.
+            UserError: when the device or a logger is not there, or nothing is trainable.
         """
+        check_loggers(settings)
         world = current_world()
         device = resolve_device(settings.device, world.local_rank if world.size > 1 else None)
         objective.set_gradient_checkpointing(
@@ -146,9 +148,9 @@ class Trainer:
             stop = stack.enter_context(StopRequest())
             state = self._begin()
             world = parts.world
-            tensorboard = parts.run.tensorboard_path if settings.tensorboard else None
+            loggers = open_loggers(settings, parts.run, state.step) if world.is_main else []
             metrics_path = parts.run.metrics_path if world.is_main else None
-            sinks = MetricSinks(metrics_path, tensorboard, state.step)
+            sinks = MetricSinks(metrics_path, loggers, state.step)
             stack.callback(sinks.close)
             loader = BatchLoader(
                 local_batches(parts.objective, settings.accumulation, world),

@@ -24,6 +24,7 @@ from rxlm.cli.main import Invocation, build_app
 from rxlm.configuration import Config
 from rxlm.data.generator import GeneratorConfig
 from rxlm.data.sources import parse_conversation, parse_text
+from rxlm.evaluation.language_model import LMEvaluationSettings
 from rxlm.evaluation.perplexity import PerplexitySettings
 from rxlm.evaluation.recall_plan import RecallSettings
 from rxlm.rxt.models import RxTAlpha
@@ -214,7 +215,11 @@ def check_overrides(names: list[str], values: dict[str, Any]) -> None:
     elif recipe is not None and (ROOT / recipe).is_dir():
         read_folder(ROOT / recipe, overrides)
     elif names[:1] == ["eval"]:
-        settings = {"recall": RecallSettings(), "perplexity": PerplexitySettings()}[names[1]]
+        settings = {
+            "recall": RecallSettings(),
+            "perplexity": PerplexitySettings(),
+            "lm": LMEvaluationSettings(),
+        }[names[1]]
         with_overrides(settings, overrides)
 
 

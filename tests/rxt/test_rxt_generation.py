@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rxlm.errors import UserError
+from rxlm.nn.evaluation_mode import evaluation_mode
+from rxlm.ops.padding import padded
 from rxlm.ops.sampling import GREEDY, SamplingSettings
 from rxlm.rxt.conversation import ConversationState
-from rxlm.rxt.generation import AnswerStream, evaluation_mode, padded
+from rxlm.rxt.generation import AnswerStream
 from rxlm.rxt.models import RxTAlpha
 
 ModelBuilder = Callable[..., RxTAlpha]

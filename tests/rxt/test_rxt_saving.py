@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import rxlm
 from rxlm.errors import RunError, UserError
-from rxlm.rxt.fingerprint import weights_fingerprint
-from rxlm.rxt.model_folder import read_model_config, resolve_model_dir
 from rxlm.rxt.models import RxTAlpha
+from rxlm.rxt.saving import read_model_config
+from rxlm.storage.model_folder import resolve_model_dir
+from rxlm.storage.weights import weights_fingerprint
 from rxlm.tokenization import Tokenizer, TokenizerTraining, train_tokenizer
 
 ModelBuilder = Callable[..., RxTAlpha]
@@ -224,7 +225,7 @@ def test_a_full_disk_is_a_failed_run(
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rxlm.rxt.state_files.save_file", full)
+    monkeypatch.setattr("rxlm.storage.files.save_file", full)
     with pytest.raises(RunError, match="No space left on device"):
         model.save_pretrained(folder, overwrite=True)
     assert {item.name: item.read_bytes() for item in folder.iterdir()} == before

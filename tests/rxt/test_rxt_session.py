@@ -418,7 +418,7 @@ def test_a_full_disk_leaves_the_saved_session(
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr("rxlm.rxt.state_files.save_file", full)
+            patch.setattr("rxlm.storage.files.save_file", full)
             with pytest.raises(RunError, match="No space left on device"):
                 session.save(tmp_path)
         assert Session.load(tmp_path, model).turns == saved.turns

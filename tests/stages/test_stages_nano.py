@@ -18,7 +18,9 @@ names = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 def test_all_stages_in_order() -> None:
     """Catches a stage that is missing, or numbered such that it runs too early."""
-    assert [stage.recipe.stage for stage in read_folder(NANO)] == list(STAGES)
+    assert [stage.recipe.stage for stage in read_folder(NANO)] == [
+        stage for stage in STAGES if stage != "lm"
+    ]
 
 
 @names

@@ -74,7 +74,7 @@ def test_what_counts_as_finished(
 def test_metrics_are_valid_json_and_cut_at_the_checkpoint(tmp_path: Path) -> None:
     """Catches NaN in the file, lines after the checkpoint, and a half-written last line."""
     path = tmp_path / "metrics.jsonl"
-    sinks = MetricSinks(path, None, 0)
+    sinks = MetricSinks(path, [], 0)
     for step in (1, 2, 3):
         sinks.write("train", step, {"loss": 1.0 / step, "bad": float("nan")})
     sinks.close()

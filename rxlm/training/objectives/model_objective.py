@@ -10,22 +10,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from rxlm.errors import UserError
 from rxlm.rxt.config import NOT_ARCHITECTURE
-from rxlm.rxt.fingerprint import distinct_tensors
-from rxlm.rxt.model_folder import WEIGHTS_FILE
-from rxlm.rxt.reactive import ReactiveModel, weight_problems
+from rxlm.rxt.reactive import ReactiveModel
 from rxlm.rxt.saving import save_model
-from rxlm.rxt.state_files import read_tensors, write_tensors
+from rxlm.storage.files import write_tensors
+from rxlm.storage.model_folder import WEIGHTS_FILE
+from rxlm.storage.weights import copy_weights, distinct_tensors
 from rxlm.tokenization import Tokenizer
 from rxlm.training.device import move_to_device
 from rxlm.training.objective import Objective
 
 COMPONENTS = ("encoder", "decoder", "memory_attention")
 """The components of the model that a stage can train."""
+_WHOSE = "the weights of this run"
 
 
 class ModelObjective(Objective):
@@ -132,9 +132,9 @@ class ModelObjective(Objective):
         Raises:
             UserError: if a file is missing, damaged, or does not hold exactly these weights.
         """
-        _load_in_place(self.model, directory / WEIGHTS_FILE)
+        copy_weights(self.model, directory / WEIGHTS_FILE, _WHOSE)
         for name, module in self.extra_modules.items():
-            _load_in_place(module, _extra_file(directory, name))
+            copy_weights(module, _extra_file(directory, name), _WHOSE)
 
     def load_extra_modules(self, directory: Path) -> list[str]:
         """Begin with the extra modules of an earlier stage; return the names of those it had.
@@ -147,19 +147,9 @@ class ModelObjective(Objective):
         """
         names = [name for name in self.extra_modules if _extra_file(directory, name).exists()]
         for name in names:
-            _load_in_place(self.extra_modules[name], _extra_file(directory, name))
+            copy_weights(self.extra_modules[name], _extra_file(directory, name), _WHOSE)
         return names
 
 
 def _extra_file(directory: Path, name: str) -> Path:
     return directory / f"{name}.safetensors"
-
-
-def _load_in_place(module: nn.Module, path: Path) -> None:
-    expected, weights = distinct_tensors(module), read_tensors(path)
-    problems = weight_problems(expected, weights)
-    if problems:
-        raise UserError(f"{path} does not hold the weights of this run:\n" + "\n".join(problems))
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(weights[name])

@@ -109,6 +109,12 @@ class TextRows:
         window = windows[sample_index(self.seed, position, len(windows))]
         return [self._row(piece) for piece in window]
 
+    def rows(self) -> Iterator[list[int]]:
+        """Yield every row once, in the order of the corpus."""
+        for pieces in self._documents:
+            for piece in pieces:
+                yield self._row(piece).ids
+
     def _cut_windows(self, num_rows: int) -> list[list[_Piece]]:
         if num_rows not in self._windows:
             self._windows[num_rows] = [

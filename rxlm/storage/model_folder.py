@@ -1,8 +1,8 @@
-"""Finding the model that a path means, and reading its configuration. No torch.
+"""Finding the model that a path means, and reading its ``config.json``. No torch.
 
 A path may be a model folder, a checkpoint, a run or its ``checkpoints`` folder (the best
 checkpoint, else the newest) or a pipeline's folder (the last stage that has a model). Not here:
-weights (``saving``).
+weights (``weights``), and what a configuration means (beside each architecture).
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rxlm.errors import UserError
-from rxlm.rxt.config import RxTConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -23,14 +22,6 @@ MODEL_FILES = (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE)
 CHECKPOINTS = "checkpoints"
 COMPLETE = "COMPLETE"
 _STAGE_NAME = re.compile(r"(\d+)[-_.]")
-
-
-class StoredConfig(NamedTuple):
-    """The content of ``config.json``: the model, and what wrote it."""
-
-    config: RxTConfig
-    architecture: str
-    rxlm_version: str
 
 
 def resolve_model_dir(path: str | Path) -> Path:
@@ -56,11 +47,11 @@ def resolve_model_dir(path: str | Path) -> Path:
     )
 
 
-def read_model_config(directory: str | Path) -> StoredConfig:
-    """Return the configuration of the model in ``directory``.
+def read_config_file(directory: str | Path) -> dict[str, Any]:
+    """Return the content of ``config.json`` in ``directory``.
 
     Raises:
-        UserError: if the file is missing, damaged, of another format, or invalid.
+        UserError: if the file is missing, damaged, or no JSON object.
     """
     path = Path(directory, CONFIG_FILE)
     if not path.is_file():
@@ -70,14 +61,18 @@ def read_model_config(directory: str | Path) -> StoredConfig:
         values: Any = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(values, dict) or "decoder" not in values:
-        raise UserError(
-            f"{path} does not describe a model of rxlm (it has no 'decoder'): was it written by "
-            "another library?"
-        )
-    architecture = str(values.pop("architecture", ""))
-    version = str(values.pop("rxlm_version", ""))
-    return StoredConfig(RxTConfig.parse(values, str(path)), architecture, version)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}; expected a JSON object.")
+    return values
+
+
+def architecture_of(directory: str | Path) -> str:
+    """Return which class wrote the model in ``directory``; '' if its file does not tell.
+
+    Raises:
+        UserError: as :func:`read_config_file`.
+    """
+    return str(read_config_file(directory).get("architecture", ""))
 
 
 def _find_model(directory: Path) -> Path | None:

@@ -1,0 +1,187 @@
+"""Stage ``lm``: a language model without a memory predicts every next token.
+
+A row is a piece of one document, so nothing is read across documents; all its tokens after the
+first are targets, [EOS] at a document's end included. The loss is the mean over the targets of an
+update, however it is cut into micro-batches.
+
+Shapes: R rows of a bucket, T tokens of its longest row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from rxlm.configuration import Config
+from rxlm.errors import UserError
+from rxlm.lm.language_model import LanguageModel
+from rxlm.ops.padding import padded
+from rxlm.training.device import move_to_device
+from rxlm.training.objective import Objective, StepOutput
+from rxlm.training.objectives.row_windows import TextRows
+
+NOT_ARCHITECTURE = ("dropout", "init_std", "max_seq_len")
+"""Fields of the configuration that weights do not depend on (``max_seq_len`` does count for
+learned positions)."""
+
+
+class LMSettings(Config):
+    """Settings of language modelling."""
+
+    batch_size: int = Field(default=64, gt=0)
+    """Rows of a micro-batch; an update sees ``train.accumulation`` times as many."""
+    seq_len: int | None = Field(default=None, ge=3)
+    """Tokens of a row at most, with [BOS] and [EOS]; ``null``: the model's ``max_seq_len``."""
+    num_buckets: int = Field(default=4, gt=0)
+    """Length buckets of a batch: less padding, same result."""
+    validation_rows: int = Field(default=256, gt=0)
+    """Rows of a validation, at most."""
+    dialogues: int = Field(default=5000, gt=0)
+    """Built-in dialogues to read where there is no ``data.text``."""
+    turns: int = Field(default=8, gt=0)
+    """Turns of each built-in dialogue."""
+
+
+class LMRows(NamedTuple):
+    """Right-padded rows of one bucket: ``ids`` int64 ``[R, T]``, ``mask`` bool ``[R, T]``."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+def bucketed_rows(rows: Sequence[Sequence[int]], num_buckets: int, pad_id: int) -> list[LMRows]:
+    """Sort rows by length and pad them to the longest of their bucket."""
+    ordered = sorted(rows, key=len)
+    size = -(-len(ordered) // num_buckets)
+    return [
+        LMRows(*padded(ordered[start : start + size], pad_id))
+        for start in range(0, len(ordered), size)
+    ]
+
+
+def next_token_losses(model: LanguageModel, rows: LMRows) -> tuple[Tensor, Tensor]:
+    """Return the sum of the cross-entropies, and the number of right predictions."""
+    hidden, _ = model(rows.ids[:, :-1], rows.mask[:, :-1])
+    targets = rows.mask[:, 1:]
+    labels = rows.ids[:, 1:][targets]
+    logits = model.logits(hidden[targets]).float()
+    return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
+
+
+class LMObjective(Objective):
+    """Next-token prediction by one model.
+
+    Args:
+        model: trained in place, with its tokenizer.
+        train: rows to learn from.
+        valid: rows to validate on.
+        settings: batch size and the like.
+        accumulation: micro-batches of an update.
+    """
+
+    name = "lm"
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        train: TextRows,
+        valid: TextRows,
+        settings: LMSettings,
+        *,
+        accumulation: int = 1,
+    ) -> None:
+        self.model, self.settings, self.accumulation = model, settings, accumulation
+        self.tokenizer = model.require_tokenizer()
+        self.train_rows, self.valid_rows = train, valid
+        model.requires_grad_(True)
+
+    def trained_modules(self) -> nn.Module:
+        """Return the model."""
+        return self.model
+
+    def batch(self, step: int, micro_step: int) -> list[LMRows]:
+        """Return the rows of a micro-batch: a pure function of the data seed and the position."""
+        size = self.settings.batch_size
+        first = (step * self.accumulation + micro_step) * size
+        rows = [self.train_rows.sample(first + index, 1)[0].ids for index in range(size)]
+        return bucketed_rows(rows, self.settings.num_buckets, self.tokenizer.pad_id)
+
+    def loss(self, batch: list[LMRows], step: int) -> StepOutput:
+        """Return the mean cross-entropy over the targets."""
+        num_targets = sum(int(rows.mask[:, 1:].sum()) for rows in batch)
+        parts = [next_token_losses(self.model, rows) for rows in batch]
+        loss = torch.stack([part[0] for part in parts]).sum() / max(1, num_targets)
+        correct = torch.stack([part[1] for part in parts]).sum()
+        metrics = {"accuracy": correct / max(1, num_targets)}
+        return StepOutput(loss, num_targets, metrics, sum(int(rows.mask.sum()) for rows in batch))
+
+    def validate(self) -> dict[str, float]:
+        """Return loss, perplexity and accuracy on the first validation rows, always the same."""
+        size, total = self.settings.batch_size, self.settings.validation_rows
+        total = min(total, self.valid_rows.size(1))
+        loss = correct = 0.0
+        num_targets = 0
+        for first in range(0, total, size):
+            rows = [
+                self.valid_rows.sample(position, 1)[0].ids
+                for position in range(first, min(first + size, total))
+            ]
+            batch = bucketed_rows(rows, self.settings.num_buckets, self.tokenizer.pad_id)
+            for bucket in move_to_device(batch, self.model.device):
+                part = next_token_losses(self.model, bucket)
+                loss += float(part[0])
+                correct += float(part[1])
+                num_targets += int(bucket.mask[:, 1:].sum())
+        mean = loss / num_targets
+        return {
+            "loss": mean,
+            "perplexity": math.exp(min(mean, 700.0)),
+            "accuracy": correct / num_targets,
+        }
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the configuration that weights depend on, tokenizer included."""
+        return {
+            "model": lm_architecture(self.model.config),
+            "vocabulary": self.tokenizer.fingerprint,
+        }
+
+    def save_model(self, directory: Path) -> None:
+        """Write the model folder."""
+        self.model.save_pretrained(directory)
+
+    def load_model_weights(self, directory: Path) -> None:
+        """Load the weights in place, strictly."""
+        self.model.load_weights(directory)
+
+
+def lm_architecture(config: Any) -> dict[str, Any]:
+    """Return the part of an LMConfig that weights depend on; defaults are left out."""
+    excluded = set(NOT_ARCHITECTURE)
+    if config.positions == "learned":
+        excluded.discard("max_seq_len")
+    # Defaults are left out, so a field added later leaves old runs resumable.
+    values: dict[str, Any] = config.model_dump(mode="json", exclude=excluded, exclude_defaults=True)
+    return values
+
+
+def row_length(model: LanguageModel, settings: LMSettings) -> int:
+    """Return how many tokens a row has at most.
+
+    Raises:
+        UserError: for more than the model's ``max_seq_len``.
+    """
+    limit = model.config.max_seq_len
+    if settings.seq_len is not None and settings.seq_len > limit:
+        raise UserError(
+            f"objective.seq_len={settings.seq_len} is more than model.max_seq_len={limit}: lower "
+            "the one or raise the other."
+        )
+    return settings.seq_len or limit
