@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rxlm.errors import RunError, UserError
 from rxlm.training.distributed.sharding import num_local_micro_batches
-from rxlm.training.distributed.strategy import Strategy
+from rxlm.training.distributed.strategy import LossModule, Strategy
 from rxlm.training.objective import StepOutput
 from rxlm.training.optim import trainable_parameters
 
@@ -31,8 +31,6 @@ OURS = (
     "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16",
 )  # fmt: skip
 """What a DeepSpeed file must not say, since the recipe does."""
-LEAVES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
-"""Modules whose weights are read by their own forward pass only (ZeRO 3 gathers those)."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -71,6 +69,25 @@ def require_deepspeed() -> None:
         )
 
 
+class _OneModule(nn.Module):
+    """The loss as a module without parts, which has all parameters itself.
+
+    ZeRO 3 gathers the weights of a module when that begins, in all processes at once. Processes
+    run different numbers of turns and buckets, so they could not do that layer by layer: the
+    weights are whole during a pass, and cut up between passes.
+    """
+
+    def __init__(self, loss: LossModule) -> None:
+        super().__init__()
+        self._hidden = (loss,)  # in a tuple, so that it is not found as a part
+        for name, param in loss.named_parameters():
+            self.register_parameter(name.replace(".", "/"), param)
+
+    def forward(self, batch: Any, step: int) -> StepOutput:
+        output: StepOutput = self._hidden[0](batch, step)
+        return output
+
+
 class ZeRO(Strategy):
     """DeepSpeed's engine around the loss, as a strategy."""
 
@@ -82,13 +99,8 @@ class ZeRO(Strategy):
         config = read_deepspeed_file(self._settings.deepspeed)
         self._stage: int = config["zero_optimization"]["stage"]
         deepspeed = _import_deepspeed(self._device)
-        module = self.objective.trained_modules()
-        if self._stage == 3:
-            self._outside = _read_outside_their_module(module)
-            for param in self._outside:
-                deepspeed.zero.register_external_parameter(self._loss, param)
         self._engine, *_ = deepspeed.initialize(
-            model=self._loss,
+            model=_OneModule(self._loss),
             optimizer=self.optimizer,
             dist_init_required=False,
             config={
@@ -221,22 +233,6 @@ class ZeRO(Strategy):
             else zero.single_partition_of_fp32_groups
         )
         return pieces
-
-
-def _read_outside_their_module(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that something else than their module's forward pass may read.
-
-    ZeRO 3 gathers the weights of a module around its forward pass. Stacked memory attention, tied
-    embeddings and output heads are read by methods, so these are gathered around the whole loss;
-    the bulk, the matrices of the layers, layer by layer.
-    """
-    inside = {
-        id(param)
-        for item in module.modules()
-        if isinstance(item, LEAVES) and not isinstance(item, nn.Embedding)
-        for param in item.parameters(recurse=False)
-    }
-    return [param for param in module.parameters() if id(param) not in inside]
 
 
 def _import_deepspeed(device: torch.device) -> Any:

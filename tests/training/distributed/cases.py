@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from rxlm.data import DialogueGenerator, GeneratedConversations, conversation_texts
+from rxlm.errors import UserError
 from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.tokenization import Tokenizer, TokenizerTraining, train_tokenizer
-from rxlm.training.distributed.world import current_world, open_world
+from rxlm.training.distributed.world import World, current_world, open_world
 from rxlm.training.objectives.curriculum import Phase
 from rxlm.training.objectives.joint_lm import JointLMObjective, JointLMSettings
 from rxlm.training.objectives.memory_aware import MemoryAwareObjective, MemoryAwareSettings
@@ -40,6 +41,11 @@ STAGES: dict[str, tuple[type, Any]] = {
     "memory_pretraining": (MemoryPretrainingObjective, MemoryPretrainingSettings(**SIZES)),
     "memory_aware": (
         MemoryAwareObjective,
+        MemoryAwareSettings(phases=(Phase(turns=3, dialogues=3),), validation_dialogues=2),
+    ),
+    # Begins without memory attention. (With ZeRO its moments would count that step, too.)
+    "curriculum": (
+        MemoryAwareObjective,
         MemoryAwareSettings(
             phases=(
                 Phase(turns=2, dialogues=3, reads="history", steps=1),
@@ -59,7 +65,7 @@ class Case(NamedTuple):
     stage: str
     kind: str = "softmax"
     strategy: str = "ddp"
-    steps: int = 3
+    steps: int = 2
     accumulation: int = 1
 
     @property
@@ -68,7 +74,12 @@ class Case(NamedTuple):
 
 
 SHARED = (
-    *(Case(stage, strategy=name) for stage in STAGES for name in STRATEGIES),
+    *(
+        Case(stage, strategy=name)
+        for stage in STAGES
+        for name in STRATEGIES
+        if stage != "curriculum" or name == "ddp"
+    ),
     *(Case("memory_aware", kind) for kind in KINDS),
     Case("memory_aware", "md_gdn", "zero3"),
     Case("memory_aware", strategy="zero2_offload"),
@@ -101,14 +112,15 @@ def run_case(case: Case, root: Path, tokens: Tokenizer, **settings: Any) -> Trai
             "grad_clip": 0.5,
             "accumulation": case.accumulation,
             "log_every": 1,
-            "validate_every": 2,
+            "validate_every": case.steps,
+            "keep_best": 0,
             "threads": 1,
             "tensorboard": False,
             **shared,
             **settings,
         }
     )
-    run = RunFolder.open(root / case.name, case.stage, {"case": case.name}, writes=world.is_main)
+    run = RunFolder.open(root / case.name, "test", {"case": case.name}, writes=world.is_main)
     world.wait()
     return Trainer(objective_of(case, tokens), train, run).train()
 
@@ -165,10 +177,28 @@ def objective_of(case: Case, tokens: Tokenizer) -> Any:
     )
 
 
+def fail_in_process_1(world: World, root: Path, tokens: Tokenizer) -> None:
+    """Train with data that one process cannot read."""
+    case = Case("memory_aware", steps=50)
+    objective = objective_of(case, tokens)
+    if world.rank == 1:
+
+        def broken(batch: Any, rank: int, size: int) -> Any:
+            raise UserError("this dialogue is damaged")
+
+        objective.shard = broken
+    settings = TrainSettings(steps=50, threads=1, tensorboard=False)
+    run = RunFolder.open(root / "failing", "test", {}, writes=world.is_main)
+    world.wait()
+    Trainer(objective, settings, run).train()
+
+
 def main(root: Path) -> None:
     only = os.environ.get("RXLM_CASES")
-    with open_world():
+    with open_world() as world:
         tokens = tokenizer()
+        if only == "failing":
+            fail_in_process_1(world, root, tokens)
         for case in (*SHARED, *RESUMED):
             if only is None or only in case.name:
                 run_case(case, root, tokens)
