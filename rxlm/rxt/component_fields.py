@@ -117,8 +117,9 @@ class ComponentFields(Config):
     skip_memory_cross_attention: bool = False
     """Whether layers are built without memory cross-attention (a model without memory)."""
     copy_path_init: bool = True
-    """Whether memory cross-attention starts by copying what it reads (values and output form an
-    identity path); from random projections, recall is learned very late. Not in the reference."""
+    """Whether memory cross-attention, and the state that `md_gdn` carries, start by copying what
+    was written (values and output form an identity path); from random projections, recall is
+    learned very late. Not in the reference."""
 
     use_gated_attention: bool = False
     """Whether the result of self-attention is multiplied by a learned gate of its input."""

@@ -96,6 +96,11 @@ class ReactiveLayer(nn.Module):
                 )
             if isinstance(attention, LinearSelfAttention) and attention.settings.memory_fusion:
                 attention.memory_fusion.initialize()
+                if config.copy_path_init:
+                    # The state that it carries is a memory, too. Gates start half open.
+                    attention.initialize_copy_path(
+                        2 * scale if config.linear_attn_use_gate else scale
+                    )
         self.feed_forward.down.weight.data.mul_(scale)
         if self.reads_memory and config.copy_path_init:
             initialize_copy_path(self.cross_attention, scale)

@@ -115,12 +115,24 @@ class LMObjective(Objective):
 
     def loss(self, batch: list[LMRows], step: int) -> StepOutput:
         """Return the mean cross-entropy over the targets."""
-        num_targets = sum(int(rows.mask[:, 1:].sum()) for rows in batch)
-        parts = [next_token_losses(self.model, rows) for rows in batch]
+        num_targets = self.count_targets(batch)
+        parts = [next_token_losses(self.model, rows) for rows in batch if len(rows.ids)]
+        if not parts:
+            # More processes than rows: nothing to learn here, but a graph to go backward in.
+            nothing = self.model.embedding.weight.sum() * 0.0
+            return StepOutput(nothing, 0, {}, 0)
         loss = torch.stack([part[0] for part in parts]).sum() / max(1, num_targets)
         correct = torch.stack([part[1] for part in parts]).sum()
         metrics = {"accuracy": correct / max(1, num_targets)}
         return StepOutput(loss, num_targets, metrics, sum(int(rows.mask.sum()) for rows in batch))
+
+    def shard(self, batch: list[LMRows], rank: int, size: int) -> list[LMRows]:
+        """Return every ``size``-th row of each bucket, so that all processes have equal work."""
+        return [LMRows(*(part[rank::size] for part in rows)) for rows in batch]
+
+    def count_targets(self, batch: list[LMRows]) -> int:
+        """Return how many tokens are predicted."""
+        return sum(int(rows.mask[:, 1:].sum()) for rows in batch)
 
     def validate(self) -> dict[str, float]:
         """Return loss, perplexity and accuracy on the first validation rows, always the same."""

@@ -15,17 +15,21 @@ import torch
 
 from rxlm.data import DialogueGenerator, GeneratedConversations, conversation_texts
 from rxlm.errors import UserError
+from rxlm.lm.config import LMConfig
+from rxlm.lm.language_model import LanguageModel
 from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.tokenization import Tokenizer, TokenizerTraining, train_tokenizer
 from rxlm.training.distributed.world import World, current_world, open_world
 from rxlm.training.objectives.curriculum import Phase
 from rxlm.training.objectives.joint_lm import JointLMObjective, JointLMSettings
+from rxlm.training.objectives.language_modeling import LMObjective, LMSettings
 from rxlm.training.objectives.memory_aware import MemoryAwareObjective, MemoryAwareSettings
 from rxlm.training.objectives.memory_pretraining import (
     MemoryPretrainingObjective,
     MemoryPretrainingSettings,
 )
+from rxlm.training.objectives.row_windows import TextRows
 from rxlm.training.objectives.sft import SFTObjective, SFTSettings
 from rxlm.training.run_folder import RunFolder
 from rxlm.training.settings import TrainSettings
@@ -82,6 +86,8 @@ SHARED = (
     ),
     *(Case("memory_aware", kind) for kind in KINDS),
     Case("memory_aware", "md_gdn", "zero3"),
+    Case("lm", strategy="ddp"),
+    Case("lm", strategy="zero2"),
     Case("memory_aware", strategy="zero2_offload"),
     Case("memory_aware", strategy="ddp", accumulation=4),
     Case("memory_aware", strategy="zero2", accumulation=4),
@@ -131,7 +137,26 @@ def strategy_settings(name: str) -> dict[str, Any]:
     return {"strategy": "deepspeed", "deepspeed": str(DEEPSPEED / f"{name}.json")}
 
 
+def language_modeling(case: Case, tokens: Tokenizer) -> LMObjective:
+    torch.manual_seed(0)
+    config = LMConfig(
+        vocab_size=tokens.vocab_size,
+        dim=16,
+        depth=1,
+        num_heads=2,
+        attention="gated_deltanet",
+        max_seq_len=16,
+    )
+    conversations = (DialogueGenerator().conversation(index, 4) for index in range(8))
+    rows = TextRows(conversation_texts(conversations), tokens, 16)
+    settings = LMSettings(batch_size=5, num_buckets=2, validation_rows=4)
+    model = LanguageModel(config, tokens)
+    return LMObjective(model, rows, rows, settings, accumulation=case.accumulation)
+
+
 def objective_of(case: Case, tokens: Tokenizer) -> Any:
+    if case.stage == "lm":
+        return language_modeling(case, tokens)
     component: dict[str, Any] = {
         "num_layers": 2,
         "vocab_size": tokens.vocab_size,
