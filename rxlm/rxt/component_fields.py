@@ -82,8 +82,9 @@ class ComponentFields(Config):
     head_norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
     """Norm before the output layer, if `use_head_norm`."""
 
-    self_att_type: Literal["mha", "gqa", "mqa", "sqa", "gma", "dma", "local", "hybrid"] = "sqa"
-    """Type of self-attention; `hybrid` takes one name a layer from `attn_layer_types`."""
+    self_att_type: LayerKind | Literal["hybrid"] = "sqa"
+    """Type of self-attention; `hybrid` takes one name a layer from `attn_layer_types`. A linear
+    type named here does what `use_linear_self_attn` does with it in `linear_attn_type`."""
     att_groups: PositiveInt = 1
     """Number of key/value heads of `gqa`, `sqa` and `local` self-attention."""
     att_query_groups: PositiveInt | None = None
@@ -148,8 +149,9 @@ class ComponentFields(Config):
     """Total value width of linear attention as a factor of `embed_dim`."""
     linear_attn_heads: PositiveInt | None = None
     """Number of heads of linear attention; unset: `att_heads`."""
-    linear_attn_use_short_conv: bool = False
-    """Whether linear attention convolves queries, keys and values over a few tokens first."""
+    linear_attn_use_short_conv: bool = True
+    """Whether linear attention convolves queries, keys and values over a few tokens first, as it
+    was published; the reference leaves it out by default."""
     linear_attn_conv_size: PositiveInt = 4
     """Width of the short convolution in tokens."""
     linear_attn_use_gate: bool = True

@@ -69,7 +69,7 @@ def unsupported_features(config: ComponentFields) -> list[str]:
     softmax = (*SOFTMAX_KINDS, LOCAL_KIND)
     use_instead = f"use self_att_type={one_of(softmax)}"
     built = (*softmax, *LINEAR_KINDS)
-    if not config.use_linear_self_attn and config.self_att_type not in (*softmax, "hybrid"):
+    if not config.use_linear_self_attn and config.self_att_type not in (*built, "hybrid"):
         sentences.append(
             f"self_att_type='{config.self_att_type}': this attention {NOT_BUILT}; {use_instead}."
         )

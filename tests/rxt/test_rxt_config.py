@@ -38,7 +38,7 @@ COMPONENT_DEFAULTS: dict[str, Any] = {
     "gated_attention_activation": "sigmoid", "use_gated_cross_attention": None,
     "attn_layer_types": None, "stateless_attn_layer_types": None,
     "final_stateless_attn_layer_types": None, "linear_attn_mode": "chunk",
-    "linear_attn_expand_k": 0.5, "linear_attn_expand_v": 1.0, "linear_attn_use_short_conv": False,
+    "linear_attn_expand_k": 0.5, "linear_attn_expand_v": 1.0, "linear_attn_use_short_conv": True,
     "linear_attn_conv_size": 4, "linear_attn_use_gate": True, "linear_attn_norm_eps": 1e-5,
     "memory_fusion_mode": "add",
     "linear_attn_heads": None, "stateless_layers_config": None,
@@ -585,3 +585,14 @@ def test_fingerprint_tells_models_apart(fields: dict[str, Any]) -> None:
     """Catches a session that is loaded into a model which reads it differently."""
     fingerprint = model_config(**fields).architecture_fingerprint()
     assert fingerprint != model_config().architecture_fingerprint()
+
+
+@pytest.mark.parametrize("kind", ["gla", "deltanet", "gated_deltanet", "kda", "md_gdn"])
+def test_one_line_makes_self_attention_linear(kind: str) -> None:
+    """Catches a linear type that self_att_type takes but does not build, or builds differently."""
+    short = RxTComponentConfig(self_att_type=kind)
+    long = RxTComponentConfig(use_linear_self_attn=True, linear_attn_type=kind)
+    assert short.layer_types == long.layer_types == (kind,) * 12
+    assert short.self_attention_heads(0) == long.self_attention_heads(0)
+    short.require_supported()
+    assert not short.ignored_fields()
