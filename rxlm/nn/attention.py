@@ -116,14 +116,21 @@ class Attention(nn.Module):
         Returns:
             ``[B, T, D]``.
         """
-        shape = (*x.shape[:-1], self.settings.num_heads, self.settings.head_dim)
-        query = self.query(x).view(shape)
+        dropout = self.settings.dropout if self.training else 0.0
+        query = self.project_queries(x, phases)
+        return self.combine(attend(query, key_value.key, key_value.value, mask, dropout=dropout), x)
+
+    def project_queries(self, x: Tensor, phases: Tensor | None) -> Tensor:
+        """Return the queries ``[B, T, H, K]`` of ``x`` ``[B, T, D]``, normed and rotated."""
+        query = self.query(x).view(*x.shape[:-1], self.settings.num_heads, self.settings.head_dim)
         if self.settings.query_key_norm:
             query = self.query_norm(query)
         if phases is not None and self.settings.rotary in ("both", "queries"):
             query = apply_rotary(query, phases)
-        dropout = self.settings.dropout if self.training else 0.0
-        heads = attend(query, key_value.key, key_value.value, mask, dropout=dropout)
+        return query
+
+    def combine(self, heads: Tensor, x: Tensor) -> Tensor:
+        """Return the output ``[B, T, D]`` of heads ``[B, T, max(H, G), K]``, gated by ``x``."""
         mixed = heads.flatten(-2)
         if self.settings.gated:
             mixed = mixed * _GATE_ACTIVATIONS[self.settings.gate_activation](self.gate(x))

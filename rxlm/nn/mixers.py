@@ -24,8 +24,12 @@ from torch import Tensor, nn
 
 from rxlm.errors import UserError
 from rxlm.nn.attention import Attention, AttentionSettings, KeyValue
+from rxlm.nn.based import BasedMixer, BasedSettings, GatedConvolution
+from rxlm.nn.feature_map_attention import TAYLOR_DIM, FeatureMapAttention, FeatureMapSettings
 from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention, Mode
+from rxlm.nn.local_cache import LocalCache, attend_locally, next_positions
 from rxlm.ops.attention import visible_keys
+from rxlm.ops.local_attention import LocalPattern
 from rxlm.ops.rotary import rotary_phases
 
 Cost = Literal["linear", "quadratic"]
@@ -137,21 +141,8 @@ class SoftmaxMixer(nn.Module):
 
     def __init__(self, settings: MixerSettings) -> None:
         super().__init__()
-        heads = settings.num_heads
-        _check_heads(settings)
         self.rope_base = settings.rope_base if settings.rotary else None
-        self.attention = Attention(
-            AttentionSettings(
-                dim=settings.dim,
-                num_heads=heads,
-                num_key_value_heads=settings.num_key_value_heads or heads,
-                head_dim=settings.dim // heads,
-                rotary="both" if settings.rotary else "none",
-                output_bias=False,
-                dropout=settings.dropout,
-                norm_eps=settings.norm_eps,
-            )
-        )
+        self.attention = _attention(settings)
 
     def forward(
         self, x: Tensor, key_mask: Tensor | None = None, cache: SoftmaxCache | None = None
@@ -186,6 +177,48 @@ class SoftmaxMixer(nn.Module):
         return y, SoftmaxCache(present, all_keys, lengths)
 
 
+class LocalMixer(nn.Module):
+    """Softmax attention to the last ``window`` real tokens, the token itself included."""
+
+    def __init__(self, settings: MixerSettings) -> None:
+        super().__init__()
+        if settings.window < 1:
+            raise UserError(f"window={settings.window}: expected an integer >= 1 (1 = itself).")
+        self.rope_base = settings.rope_base if settings.rotary else None
+        self.pattern = LocalPattern.sliding(settings.window)
+        self.attention = _attention(settings)
+
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None = None, cache: LocalCache | None = None
+    ) -> tuple[Tensor, LocalCache]:
+        """Attend over ``x`` ``[B, T, D]`` and the cached past; see the module's contract."""
+        phases = None
+        if self.rope_base is not None:
+            batch, length, _ = x.shape
+            positions = next_positions(key_mask, batch, length, cache, x.device)
+            phases = rotary_phases(positions, self.attention.settings.head_dim, self.rope_base)
+        y, kept = attend_locally(self.attention, x, self.pattern, phases, key_mask, cache)
+        assert kept is not None  # The pattern is causal.
+        return y, kept
+
+
+def _attention(settings: MixerSettings) -> Attention:
+    heads = settings.num_heads
+    _check_heads(settings)
+    return Attention(
+        AttentionSettings(
+            dim=settings.dim,
+            num_heads=heads,
+            num_key_value_heads=settings.num_key_value_heads or heads,
+            head_dim=settings.dim // heads,
+            rotary="both" if settings.rotary else "none",
+            output_bias=False,
+            dropout=settings.dropout,
+            norm_eps=settings.norm_eps,
+        )
+    )
+
+
 def _check_heads(settings: MixerSettings) -> None:
     heads, groups = settings.num_heads, settings.num_key_value_heads
     if settings.dim % heads:
@@ -204,27 +237,28 @@ def _softmax(settings: MixerSettings) -> nn.Module:
     return SoftmaxMixer(settings)
 
 
+def _head_width(name: str, field: str, factor: float, settings: MixerSettings) -> int:
+    """Return the width of one head, of a total of ``factor`` x D."""
+    width = settings.dim * factor
+    if width != int(width) or int(width) % settings.num_heads:
+        raise UserError(
+            f"{name}: {field} x dim={settings.dim} is {width:g}, not divisible by "
+            f"num_heads={settings.num_heads}."
+        )
+    return int(width) // settings.num_heads
+
+
 def _linear(mechanism: str, expand_k: float, settings: MixerSettings) -> nn.Module:
     heads = settings.num_heads
-    widths = {}
-    for field, given, published in (
-        ("expand_k", settings.expand_k, expand_k),
-        ("expand_v", settings.expand_v, 1.0),
-    ):
-        width = settings.dim * (published if given is None else given)
-        if width != int(width) or int(width) % heads:
-            raise UserError(
-                f"{mechanism}: {field} x dim={settings.dim} is {width:g}, not divisible by "
-                f"num_heads={heads}."
-            )
-        widths[field] = int(width) // heads
+    given_k = expand_k if settings.expand_k is None else settings.expand_k
+    given_v = 1.0 if settings.expand_v is None else settings.expand_v
     return LinearSelfAttention(
         LinearAttentionSettings(
             mechanism=mechanism,
             dim=settings.dim,
             num_heads=heads,
-            key_dim=widths["expand_k"],
-            value_dim=widths["expand_v"],
+            key_dim=_head_width(mechanism, "expand_k", given_k, settings),
+            value_dim=_head_width(mechanism, "expand_v", given_v, settings),
             mode=settings.mode,
             conv_size=settings.conv_size,
             gated=settings.gated,
@@ -251,3 +285,74 @@ def _gated_deltanet(settings: MixerSettings) -> nn.Module:
 @register_mixer("kda", cost="linear", summary="Kimi delta attention: decay per channel")
 def _kda(settings: MixerSettings) -> nn.Module:
     return _linear("kda", 1.0, settings)
+
+
+def _feature_map(feature_map: str, settings: MixerSettings) -> nn.Module:
+    expand_k, expand_v = settings.expand_k, settings.expand_v
+    key_dim = None
+    if expand_k is not None:
+        key_dim = _head_width(feature_map, "expand_k", expand_k, settings)
+    return FeatureMapAttention(
+        FeatureMapSettings(
+            dim=settings.dim,
+            num_heads=settings.num_heads,
+            feature_map=feature_map,
+            feature_dim=key_dim,
+            value_dim=_head_width(
+                feature_map, "expand_v", 1.0 if expand_v is None else expand_v, settings
+            ),
+            mode=settings.mode,
+            conv_size=settings.conv_size,
+        )
+    )
+
+
+@register_mixer("elu", cost="linear", summary="feature-map attention with elu(x) + 1, normalised")
+def _elu(settings: MixerSettings) -> nn.Module:
+    return _feature_map("elu", settings)
+
+
+@register_mixer("taylor", cost="linear", summary="feature-map attention, exp to second order")
+def _taylor(settings: MixerSettings) -> nn.Module:
+    return _feature_map("taylor", settings)
+
+
+@register_mixer(
+    "based", cost="linear", summary="Taylor attention plus a window, after a convolution"
+)
+def _based(settings: MixerSettings) -> nn.Module:
+    if settings.conv_size is None:
+        raise UserError("mixer 'based' begins with a convolution: set conv_size, such as 3.")
+    expand_k, expand_v = settings.expand_k, settings.expand_v
+    key_dim = TAYLOR_DIM
+    if expand_k is not None:
+        key_dim = _head_width("based", "expand_k", expand_k, settings)
+    return BasedMixer(
+        BasedSettings(
+            dim=settings.dim,
+            num_heads=settings.num_heads,
+            window=settings.window,
+            feature_dim=key_dim,
+            value_dim=_head_width(
+                "based", "expand_v", 1.0 if expand_v is None else expand_v, settings
+            ),
+            conv_size=settings.conv_size,
+            rope_base=settings.rope_base if settings.rotary else None,
+            dropout=settings.dropout,
+            mode=settings.mode,
+        )
+    )
+
+
+@register_mixer(
+    "gated_conv", cost="linear", summary="short gated convolution, most layers of Based"
+)
+def _gated_conv(settings: MixerSettings) -> nn.Module:
+    if settings.conv_size is None:
+        raise UserError("mixer 'gated_conv' is a convolution: set conv_size, such as 3.")
+    return GatedConvolution(settings.dim, settings.conv_size)
+
+
+@register_mixer("local", cost="linear", summary="softmax attention to a sliding window")
+def _local(settings: MixerSettings) -> nn.Module:
+    return LocalMixer(settings)

@@ -46,6 +46,7 @@ def attend(
     value: Tensor,
     mask: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
@@ -57,6 +58,7 @@ def attend(
             "reverse" heads: queries are repeated).
         value: ``[B, P, G, K]``.
         mask: bool, broadcastable to ``[B, H, T, P]``, True where the key is visible.
+        bias: added to the scores, broadcastable to ``[B, H, T, P]``, in the dtype of ``query``.
         dropout: probability of dropping an attention weight.
         scale: factor on the scores; default ``K**-0.5``.
 
@@ -79,6 +81,8 @@ def attend(
         # NaN there poisons the backward pass. Such queries look at everything, then are zeroed.
         blind = ~mask.any(dim=-1, keepdim=True)
         mask = mask | blind
+    if bias is not None:
+        mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
     output = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

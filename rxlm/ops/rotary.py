@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), interleaved pairs.
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864); interleaved pairs unless said.
 
 Angles are always computed and applied in fp32: in bf16 the angles of positions above 256 lose
 whole radians and distinct positions alias.
@@ -63,3 +63,27 @@ def token_positions(key_mask: Tensor | None, length: int, device: torch.device) 
     if key_mask is None:
         return torch.arange(length, device=device)
     return (key_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def rotate_halves(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotate the pairs ``(x[j], x[j + K/2])``, the other layout of the same embedding.
+
+    Angles are computed in float64 (a position of 100,000 is exact in float32, its angle is not),
+    the rotation in float32 or float64.
+
+    Args:
+        x: queries or keys ``[..., T, K]``, K even.
+        positions: ``[T]``, or broadcastable to ``[..., T]``.
+        base: the wavelength base of eq. 15.
+
+    Returns:
+        the rotated tensor, same shape and dtype as ``x``.
+    """
+    width = x.shape[-1]
+    exponents = torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width
+    angles = positions.to(x.device, torch.float64)[..., None] * base**-exponents
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
+    first, second = x.to(dtype).chunk(2, dim=-1)
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    return torch.cat(turned, dim=-1).to(x.dtype)

@@ -17,6 +17,9 @@ from rxlm.errors import UserError
 SOFTMAX_KINDS = ("mha", "gqa", "mqa", "sqa")
 """Softmax attention types whose head counts :func:`resolve_heads` knows and that are built."""
 
+LOCAL_KIND = "local"
+"""Softmax self-attention to a window; head counts as of gqa. Not for reading memory."""
+
 LINEAR_KINDS = ("gla", "deltanet", "gated_deltanet", "kda", "md_gdn")
 """Linear (recurrent) self-attention types."""
 

@@ -85,13 +85,16 @@ class ComponentFields(Config):
     self_att_type: Literal["mha", "gqa", "mqa", "sqa", "gma", "dma", "local", "hybrid"] = "sqa"
     """Type of self-attention; `hybrid` takes one name a layer from `attn_layer_types`."""
     att_groups: PositiveInt = 1
-    """Number of key/value heads of `gqa` and `sqa` self-attention."""
+    """Number of key/value heads of `gqa`, `sqa` and `local` self-attention."""
     att_query_groups: PositiveInt | None = None
     """Number of query heads of `sqa` self-attention; unset: `att_heads // 2`."""
     att_experts: PositiveInt | None = None
     """Number of key/value experts of `gma` and `dma` attention."""
     att_query_experts: PositiveInt | None = None
     """Number of query experts of `dma` attention."""
+    local_window_size: PositiveInt = 256
+    """Tokens that `local` self-attention sees, the token itself included: the last so many in the
+    decoder, so many on each side in the encoder. Not in the reference."""
     att_dropout: Probability = 0.0
     """Probability of dropping an attention weight in training."""
     use_flash_attention: bool = False

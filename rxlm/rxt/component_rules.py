@@ -13,6 +13,7 @@ from rxlm.rxt.attention_heads import (
     KINDS_WITH_GROUPS,
     KINDS_WITH_QUERY_GROUPS,
     LINEAR_KINDS,
+    LOCAL_KIND,
     MEMORY_DRIVEN_KIND,
     SOFTMAX_KINDS,
     head_problems,
@@ -65,9 +66,10 @@ def component_problems(config: ComponentFields) -> list[str]:
 def unsupported_features(config: ComponentFields) -> list[str]:
     """Return one sentence per setting whose part this version does not build."""
     sentences = []
-    use_instead = f"use self_att_type={one_of(SOFTMAX_KINDS)}"
-    built = (*SOFTMAX_KINDS, *LINEAR_KINDS)
-    if not config.use_linear_self_attn and config.self_att_type not in (*SOFTMAX_KINDS, "hybrid"):
+    softmax = (*SOFTMAX_KINDS, LOCAL_KIND)
+    use_instead = f"use self_att_type={one_of(softmax)}"
+    built = (*softmax, *LINEAR_KINDS)
+    if not config.use_linear_self_attn and config.self_att_type not in (*softmax, "hybrid"):
         sentences.append(
             f"self_att_type='{config.self_att_type}': this attention {NOT_BUILT}; {use_instead}."
         )
@@ -135,6 +137,7 @@ def ignored_fields(config: ComponentFields) -> list[str]:
         or (fallback_queries and cross_fields.kind in KINDS_WITH_QUERY_GROUPS),
         "att_query_groups",
     )
+    unless(LOCAL_KIND in kinds, "local_window_size")
     unless(bool(kinds & {"gma", "dma"}), "att_experts", "att_query_experts")
     unless(bool(attentions - set(LINEAR_KINDS)), *_SOFTMAX_FIELDS)
     unless(cross, *_CROSS_FIELDS)

@@ -18,11 +18,12 @@ from rxlm.errors import UserError
 from rxlm.memory.attention import HeadSettings, MemoryAttention, MemorySettings
 from rxlm.memory.gates import GateSettings
 from rxlm.nn.attention import KeyValue
+from rxlm.nn.local_cache import LocalCache
 from rxlm.nn.memory_driven import MemoryCondition
 from rxlm.nn.recurrent_cache import CarriedLayer, CarriedState, RecurrentCache
 from rxlm.ops.attention import visible_keys
 from rxlm.ops.rotary import rotary_phases, token_positions
-from rxlm.rxt.attention_heads import LINEAR_KINDS, MEMORY_DRIVEN_KIND
+from rxlm.rxt.attention_heads import LINEAR_KINDS, LOCAL_KIND, MEMORY_DRIVEN_KIND
 from rxlm.rxt.config import HeadCounts, MemoryAttentionConfig, RxTComponentConfig
 from rxlm.rxt.conversation import check_carried
 from rxlm.rxt.layers import LayerCache, ReactiveLayer
@@ -44,10 +45,11 @@ class MemoryReading(NamedTuple):
 class DecodeCache(NamedTuple):
     """What decoding has seen of the current turn, as a value.
 
-    ``layers``: what each layer keeps, :class:`KeyValue` ``[B, P, G, K]`` or
-    :class:`~rxlm.nn.recurrent_cache.RecurrentCache`; ``key_mask``: bool ``[B, P]``, True at real
-    tokens (P = 0 if no layer keeps keys: then nothing here grows); ``lengths``: int ``[B]``, real
-    tokens so far (the next position of each row).
+    ``layers``: what each layer keeps, :class:`KeyValue` ``[B, P, G, K]``,
+    :class:`~rxlm.nn.local_cache.LocalCache` or :class:`~rxlm.nn.recurrent_cache.RecurrentCache`;
+    ``key_mask``: bool ``[B, P]``, True at real tokens (P = 0 if no layer keeps all keys: then
+    nothing here grows); ``lengths``: int ``[B]``, real tokens so far (the next position of each
+    row).
     """
 
     layers: tuple[LayerCache, ...]
@@ -65,7 +67,7 @@ class DecodeCache(NamedTuple):
 
 
 def _rows_of(layer: LayerCache, index: Tensor) -> LayerCache:
-    if isinstance(layer, RecurrentCache):
+    if isinstance(layer, LocalCache | RecurrentCache):
         return layer.select(index)
     return KeyValue(*(part.index_select(0, index) for part in layer))
 
@@ -86,7 +88,8 @@ class _Component(nn.Module):
             ReactiveLayer(config, layer, reads_memory=reads_memory, bidirectional=bidirectional)
             for layer in range(config.num_layers)
         )
-        self._has_keys = bool(set(config.layer_types) - set(LINEAR_KINDS))
+        # Whether a layer's mask goes over all tokens; local layers make their own.
+        self._has_keys = bool(set(config.layer_types) - {*LINEAR_KINDS, LOCAL_KIND})
 
     def load_shared_embedding(self, embedding: nn.Embedding) -> None:
         """Use ``embedding`` (the same object) in place of the own one."""

@@ -1,6 +1,6 @@
 """One layer of the decoder or the encoder (RxT, arXiv 2510.03561, 3.2).
 
-    h1 = x  + SelfAttention(norm(x))                            # softmax or linear
+    h1 = x  + SelfAttention(norm(x))                            # softmax, local or linear
     h2 = h1 + MemoryCrossAttention(norm(h1), norm(slots))       # decoder only
     y  = h2 + FeedForward(norm(h2))
 
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from rxlm.nn.attention import Attention, AttentionSettings, KeyValue, initialize_copy_path
 from rxlm.nn.feed_forward import FeedForward
 from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
+from rxlm.nn.local_cache import LocalCache, attend_locally
 from rxlm.nn.memory_driven import MemoryCondition
 from rxlm.nn.norms import make_norm
 from rxlm.nn.recurrent_cache import CarriedLayer, RecurrentCache
-from rxlm.rxt.attention_heads import LINEAR_KINDS, MEMORY_DRIVEN_KIND
+from rxlm.ops.local_attention import LocalPattern
+from rxlm.rxt.attention_heads import LINEAR_KINDS, LOCAL_KIND, MEMORY_DRIVEN_KIND
 from rxlm.rxt.config import RxTComponentConfig
 
-LayerCache = KeyValue | RecurrentCache
-"""The past of one layer, a value: keys and values of all tokens, or a state of constant size."""
+LayerCache = KeyValue | LocalCache | RecurrentCache
+"""The past of one layer, a value: keys and values of all tokens, or something of constant size."""
 
 
 HALF_OPEN = {"sigmoid": 0.0, "tanh": 0.5493061443340548, "silu": 0.7388350311316076}
@@ -45,8 +47,8 @@ class ReactiveLayer(nn.Module):
             config: of the component.
             layer: which of its layers with memory, from 0.
             reads_memory: whether there is memory cross-attention.
-            bidirectional: whether linear self-attention sees later tokens; softmax attention sees
-                what its mask shows.
+            bidirectional: whether linear and local self-attention see later tokens; other softmax
+                attention sees what its mask shows.
         """
         super().__init__()
         self.norm_self = _norm(config)
@@ -54,6 +56,11 @@ class ReactiveLayer(nn.Module):
             LinearSelfAttention(_linear_settings(config, layer, bidirectional, reads_memory))
             if config.layer_types[layer] in LINEAR_KINDS
             else Attention(_self_attention_settings(config, layer))
+        )
+        self.local_pattern = (
+            LocalPattern.sliding(config.local_window_size, causal=not bidirectional)
+            if config.layer_types[layer] == LOCAL_KIND
+            else None
         )
         self.reads_memory = reads_memory
         if reads_memory:
@@ -140,7 +147,8 @@ class ReactiveLayer(nn.Module):
             mask: what each token sees of past and present, bool ``[., 1, T, P]`` or None; for
                 softmax self-attention.
             phases: rotary phases of the T positions, or None without rotary embedding.
-            key_mask: bool ``[B, T]``, True at real tokens, or None; for linear self-attention.
+            key_mask: bool ``[B, T]``, True at real tokens, or None; for linear and local
+                self-attention.
             past: what this layer kept of earlier tokens; unchanged.
             memory: projected slots from :meth:`read_slots`; None skips the memory.
             memory_mask: bool ``[B, 1, 1, S]``, which slots are visible; None = all.
@@ -150,7 +158,7 @@ class ReactiveLayer(nn.Module):
 
         Returns:
             hidden states ``[B, T, D]`` and what to keep of past and present tokens (None for linear
-            attention in both directions).
+            and local attention in both directions).
         """
         normed = self.norm_self(x)
         mixed, present = self._attend_to_self(
@@ -176,6 +184,9 @@ class ReactiveLayer(nn.Module):
             assert past is None or isinstance(past, RecurrentCache)
             # Not rotated: the recurrence knows the order.
             return attention(normed, key_mask, past, condition, carried)
+        if self.local_pattern is not None:
+            assert past is None or isinstance(past, LocalCache)
+            return attend_locally(attention, normed, self.local_pattern, phases, key_mask, past)
         present = attention.project(normed, phases)
         if past is not None:
             assert isinstance(past, KeyValue)

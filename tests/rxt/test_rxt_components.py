@@ -353,9 +353,9 @@ def test_parameter_counts() -> None:
 @pytest.mark.parametrize(
     ("build", "fields", "named"),
     [
-        (RxTDecoder, {"self_att_type": "local"}, "'mha'|'gqa'|'mqa'|'sqa'"),
-        (RxTEncoder, {"self_att_type": "hybrid", "attn_layer_types": ["local", "mha"]},
-         "'mha'|'gqa'|'mqa'|'sqa'|'gla'"),
+        (RxTDecoder, {"self_att_type": "dma"}, "'mha'|'gqa'|'mqa'|'sqa'|'local'"),
+        (RxTEncoder, {"self_att_type": "hybrid", "attn_layer_types": ["gma", "mha"]},
+         "'mha'|'gqa'|'mqa'|'sqa'|'local'|'gla'"),
         (RxTEncoder, {"use_moe": True}, "use_moe=False"),
         (RxTDecoder, {"stateless_layers_config": ["dense"]}, "stateless_layers_config=None"),
         (RxTEncoder, {"legacy_stm_in_encoder": True}, "legacy_stm_in_encoder=False"),

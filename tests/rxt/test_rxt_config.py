@@ -53,7 +53,7 @@ COMPONENT_DEFAULTS: dict[str, Any] = {
     "att_query_experts": None,
     # Ours.
     "tie_embeddings": False, "copy_path_init": True, "use_qk_norm": False, "head_dim": None,
-    "norm_eps": 1e-6,
+    "norm_eps": 1e-6, "local_window_size": 256,
 }  # fmt: skip
 
 MEMORY_DEFAULTS: dict[str, Any] = {
@@ -307,7 +307,6 @@ def test_component_errors_name_the_remedy(fields: dict[str, Any], remedy: str) -
     ("fields", "names"),
     [
         ({"self_att_type": "gma"}, ["self_att_type='gma'"]),
-        ({"self_att_type": "local"}, ["self_att_type='local'"]),
         (
             {"num_layers": 2, "self_att_type": "hybrid", "attn_layer_types": ["dma", "md_gdn"]},
             ["attn_layer_types with 'dma':"],

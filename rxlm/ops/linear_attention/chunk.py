@@ -55,17 +55,17 @@ def chunked(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Ten
 def _segment(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """Run over consecutive chunks whose intermediate results are held together."""
     batch, length, num_heads, value_dim = tokens.value.shape
-    query = _to_chunks(tokens.query, chunk_size)
-    key = _to_chunks(tokens.key, chunk_size)
-    value = _to_chunks(tokens.value, chunk_size)
-    log_decay = None if tokens.log_decay is None else _to_chunks(tokens.log_decay, chunk_size)
+    query = to_chunks(tokens.query, chunk_size)
+    key = to_chunks(tokens.key, chunk_size)
+    value = to_chunks(tokens.value, chunk_size)
+    log_decay = None if tokens.log_decay is None else to_chunks(tokens.log_decay, chunk_size)
     state = state.flatten(0, 1)
     if tokens.write_strength is None:
         pairs = decayed_pairs(query.unsqueeze(1), key, log_decay)
         entry_states, state = _scan_additive(pairs, value, state)
         written, reads, seen = value, pairs.rows[:, 0], pairs.matrix[:, 0]
     else:
-        strength = _to_chunks(tokens.write_strength.unsqueeze(-1), chunk_size)
+        strength = to_chunks(tokens.write_strength.unsqueeze(-1), chunk_size)
         pairs = decayed_pairs(torch.stack([query, key * strength], dim=1), key, log_decay)
         reads, erases = pairs.rows.unbind(1)
         seen, system = pairs.matrix.unbind(1)
@@ -83,7 +83,7 @@ def _segment(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Te
     return output.flatten(1, 2)[:, :length], state.unflatten(0, (batch, num_heads))
 
 
-def _to_chunks(tensor: Tensor, chunk_size: int) -> Tensor:
+def to_chunks(tensor: Tensor, chunk_size: int) -> Tensor:
     """Reorder ``[B, T, H, X]`` to ``[M, C, X]``; missing tokens are zeros, which change nothing."""
     missing = -tensor.shape[1] % chunk_size
     if missing:
