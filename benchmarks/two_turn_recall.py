@@ -8,8 +8,9 @@ Pairs are told in interaction 1 and asked in interaction 2, by a decoder of MD-G
 memory cross-attention: interaction 2 can know of the first only through the state that such layers
 carry over. The trained model is tested three times on the same rows: with the state carried, with
 the state reset between the interactions, and with the state of another conversation. A control is
-trained with the state reset as well. Rows are those of multi-query associative recall, cut where
-the pairs end (``rxlm/data/mqar.py``). Prints a table; writes two_turn_recall.md and .json.
+trained for as many steps with the state reset. Rows are those of multi-query associative recall,
+cut where the pairs end (``rxlm/data/mqar.py``). Prints a table; writes two_turn_recall.md and
+.json.
 
 Shapes: B rows, T tokens, Q questions of all rows, V vocabulary.
 """
@@ -140,9 +141,13 @@ def check(settings: Settings, seeds: Sequence[int]) -> None:
 def measure(settings: Settings, seeds: Sequence[int], command: str) -> dict[str, Any]:
     """Train and test all; return what the files hold."""
     before, results = load_average(), []
+    conditions: tuple[Between, ...] = ("carried", "reset")
     for seed in seeds:
-        for trained in ("carried", "reset"):
-            decoder, facts = train(settings, seed, trained)
+        steps = settings.max_steps
+        for trained in conditions:
+            limited = dataclasses.replace(settings, max_steps=steps)
+            decoder, facts = train(limited, seed, trained)
+            steps = facts["steps"]  # the control is given as many
             tests: tuple[Between, ...] = ("carried", "reset", "another's")
             for between in tests if trained == "carried" else ("reset",):
                 results.append(
@@ -326,7 +331,7 @@ Written by `{found["command"]}`; every figure below comes from that run, all val
 interaction 2 every key is asked. The decoder (`RxTDecoder`, MD-GDN layers, no memory
 cross-attention) reads each interaction by itself: of the first, the second has only the state that
 MD-GDN carries over. The same trained model is tested with that state, without it, and with the
-state of another conversation; a control is trained without it, too.
+state of another conversation; a control is trained without it for as many steps.
 
 {markdown_table(facts)}
 {markdown_table(asked)}
