@@ -57,7 +57,7 @@ def score_table(rows: Sequence[Row]) -> Table:
             *(f"{100 * found[count]:.1f}" for count in pairs),
             f"{100 * low:.1f}-{100 * high:.1f}",
             f"{row['state_bytes']:,}",
-            f"{row['steps']:,}" + ("" if row["reached_target"] else " (all)"),
+            f"{row['steps']:,}" + ("" if row["reached_target"] else " (end)"),
             f"{row['cpu_seconds'] / 60:.1f}",
         ))  # fmt: skip
     chance = ("guess among the told", "-", "-", *(f"{100 / count:.1f}" for count in pairs))
@@ -144,7 +144,7 @@ convolution; in front of the others ({wanting}) stands one of the same width. Al
 the full width of keys and values, so that their states are equally large: GLA, too, which is
 published with half of it. One recipe for all mechanisms, nothing tuned for one of them: a
 curriculum from few pairs to many, until {recipe.target:.1%} of other rows are answered at every
-number of pairs, or for all steps ("all").
+number of pairs, or until the learning rate has fallen to its end ("end").
 
 {markdown_table(Table("", ("", "this run"), facts, prose=True))}
 ## What was asked, and what came out

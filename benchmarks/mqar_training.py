@@ -7,7 +7,8 @@ window) get one of the same width in front, as Zoology's hybrids do. Otherwise a
 lose for the want of a convolution.
 
 Training is a curriculum of one run: the next difficulty is added as soon as the hardest so far is
-mostly answered. It ends when fresh rows of every difficulty are answered, or after so many steps.
+mostly answered. It ends when fresh rows of every difficulty are answered, or when the learning rate
+has fallen to its end.
 
 Shapes: B rows, T tokens, Q questions of all rows, V vocabulary, D width.
 """
