@@ -144,10 +144,10 @@ at distances that follow Zoology's power law (arXiv:2312.04927; `rxlm/data/mqar.
 embedding, two blocks of norm and mechanism, no feed-forward network. Recurrences bring a short
 convolution; in front of the others ({wanting}) stands one of the same width. All recurrences have
 the full width of keys and values, so that their states are equally large: GLA, too, which is
-published with half of it. One recipe for all mechanisms, chosen on four short trials of
+published with half of it. One recipe for all mechanisms, chosen on three short trials of
 DeltaNet at D = 64 (vocabulary, learning rate, tokens a step, one or two heads) and not tuned for
-the others: a curriculum from few pairs to many, until {recipe.target:.1%} of other rows are answered at every
-number of pairs, or until the learning rate has fallen to its end ("end").
+the others: a curriculum from few pairs to many, until {recipe.target:.1%} of other rows are
+answered at every number of pairs, or until the learning rate has fallen to its end ("end").
 
 {markdown_table(Table("", ("", "this run"), facts, prose=True))}
 ## What was asked, and what came out
