@@ -319,19 +319,6 @@ def test_half_precision_and_autocast_compute_in_float32(name: str) -> None:
     assert torch.equal(result.final_state, expected.final_state)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_chunk_form_compiles_without_graph_breaks(name: str) -> None:
-    """A value that Python has to look at between two kernels would break the graph."""
-    arguments = make_arguments(name, 9, dims=(4, 4), heads=(1, 1))
-    arguments["value"].requires_grad_()
-    function = functools.partial(FUNCTIONS[name], chunk_size=4)
-    compiled = torch.compile(function, backend="eager", fullgraph=True)
-    result, expected = compiled(**arguments), function(**arguments)
-    assert_same(result, expected)
-    given = {"value": arguments["value"]}
-    assert_same(gradients(result, given), gradients(expected, given))
-
-
 def test_normalised_vectors_have_length_one_and_zeros_stay_zeros() -> None:
     """A gradient that is not finite at padding (all zeros) would show."""
     vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
