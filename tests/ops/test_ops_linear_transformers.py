@@ -1,7 +1,7 @@
 """Gated DeltaNet and KDA against the torch functions of transformers, an implementation of others.
 
-They compute in float32, and round as we do: the bound is that of two roundings. Ours alone is held to
-1e-5 in float32 and 1e-10 in float64 by fla's files (test_ops_linear_oracle).
+They compute in float32 and round as we do: the bound is that of two roundings. Ours is held to
+1e-5 in float32 and 1e-10 in float64 by those of fla (test_ops_linear_oracle).
 """
 
 from __future__ import annotations
