@@ -11,14 +11,16 @@ from rxlm.training.dry_run import dry_run
 from rxlm.training.recipes import STAGES, read_folder, read_recipe, recipe_files
 
 ROOT = Path(__file__).parents[2]
-NANO = ROOT / "stages" / "nano"
-RECIPES = recipe_files(NANO)
-names = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+FOLDERS = (ROOT / "stages" / "nano", ROOT / "stages" / "nano-linear")
+RECIPES = [path for folder in FOLDERS for path in recipe_files(folder)]
+folders = pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+names = pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 
 
-def test_all_stages_in_order() -> None:
+@folders
+def test_all_stages_in_order(folder: Path) -> None:
     """Catches a stage that is missing, or numbered such that it runs too early."""
-    assert [stage.recipe.stage for stage in read_folder(NANO)] == [
+    assert [stage.recipe.stage for stage in read_folder(folder)] == [
         stage for stage in STAGES if stage != "lm"
     ]
 
@@ -42,10 +44,10 @@ def test_header_says_what_one_wants_to_know(path: Path) -> None:
     header = path.read_text(encoding="utf-8").split("\n\n")[0]
     for label in ("Hardware:", "Time:", "Run:", "Good:"):
         assert label in header
-    assert f"rxlm train stages/nano/{path.name}" in header
+    assert f"rxlm train stages/{path.parent.name}/{path.name}" in header
     number = re.search(r"Stage (\d) of 5", header)
     assert number is not None
-    assert int(number[1]) == RECIPES.index(path) + 1
+    assert int(number[1]) == recipe_files(path.parent).index(path) + 1
 
 
 @names
@@ -55,7 +57,9 @@ def test_every_section_is_explained(path: Path) -> None:
     assert sum(line.lstrip().startswith("#") for line in lines) >= 7
 
 
-def test_all_stages_describe_one_model() -> None:
+@folders
+def test_all_stages_describe_one_model(folder: Path) -> None:
     """Catches a stage with sizes of its own, which the weights of the stage before do not fit."""
-    models = {stage.recipe.model.model_dump_json() for stage in read_folder(NANO)}  # type: ignore[union-attr]
+    stages = read_folder(folder)
+    models = {stage.recipe.model.model_dump_json() for stage in stages}  # type: ignore[union-attr]
     assert len(models) == 1
