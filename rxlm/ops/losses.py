@@ -10,6 +10,7 @@ Shapes: N tokens, D width, V vocabulary, C rows of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -205,7 +206,7 @@ def _run(
     labels: Tensor,
     chunk_size: int,
     dtype: torch.dtype,
-    needs: list[bool],
+    needs: Sequence[bool],
     factors: Tensor | None,
     count_correct: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -298,8 +299,8 @@ def _check(
         raise UserError(f"{where}bias {list(bias.shape)}: expected [{len(weight)}], or None.")
     if _product_dtype(hidden) != _product_dtype(weight):
         raise UserError(
-            f"{where}hidden is {hidden.dtype} and weight {weight.dtype}: convert one of them, or use "
-            "autocast."
+            f"{where}hidden is {hidden.dtype} and weight {weight.dtype}: convert one of them, or "
+            "use autocast."
         )
     # On a GPU looking at labels would wait for them; there torch's kernels end on a bad one.
     if labels.device.type == "cpu" and labels.numel():
