@@ -112,7 +112,7 @@ def linear_cross_entropy(
 
 def _rows_of_a_chunk(num_rows: int, vocab_size: int) -> int:
     if num_rows * vocab_size <= WHOLE_SCORES:
-        return max(1, num_rows)
+        return num_rows
     most = max(FEWEST_ROWS, WHOLE_SCORES // vocab_size)
     num_chunks = -(-num_rows // most)
     return -(-num_rows // num_chunks)  # of equal size: no small rest
