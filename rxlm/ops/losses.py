@@ -81,7 +81,7 @@ def linear_cross_entropy(
         hidden: ``[N, D]``.
         weight: of the output layer, ``[V, D]``; may be that of the embedding, too.
         bias: ``[V]`` or None.
-        labels: int64 ``[N]``, each in ``0 .. V - 1``. None is ignored: leave out such rows.
+        labels: int64 ``[N]``, each in ``0 .. V - 1``; no value is ignored, so leave out rows.
         chunk_size: rows whose scores exist at once; None: all of them up to ``WHOLE_SCORES``
             scores, beyond that as many as make so many, ``FEWEST_ROWS`` at least.
         reduction: ``mean`` or ``sum`` over tokens, or ``none``.
