@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 
 from rxlm.configuration import Config
@@ -178,9 +177,10 @@ def _quality(
         ids, mask = padded(ordered[first : first + settings.batch_size], 0)
         ids, mask = ids.to(model.device), mask.to(model.device)
         hidden, _ = model(ids[:, :-1], mask[:, :-1])
-        logits = model.logits(hidden[mask[:, 1:]]).float()
-        nats += float(F.cross_entropy(logits, ids[:, 1:][mask[:, 1:]], reduction="sum"))
-        num_tokens += len(logits)
+        labels = ids[:, 1:][mask[:, 1:]]
+        loss_sum, _ = model.cross_entropy(hidden[mask[:, 1:]], labels, reduction="sum")
+        nats += float(loss_sum)
+        num_tokens += len(labels)
     loss = nats / num_tokens
     if not math.isfinite(loss):
         raise RunError("the loss is not a finite number: the model's training diverged.")
@@ -213,8 +213,8 @@ def _speed(model: LanguageModel, settings: LMEvaluationSettings) -> dict[str, An
 
     def train() -> None:
         hidden, _ = model(ids[:, :-1])
-        logits = model.logits(hidden).float()
-        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        loss, _ = model.cross_entropy(hidden.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
         model.zero_grad(set_to_none=True)
 
     def decode(batch: int) -> Callable[[], None]:

@@ -26,6 +26,7 @@ from rxlm.lm.config import LMConfig
 from rxlm.nn.feed_forward import FeedForward
 from rxlm.nn.mixers import MixerSettings, build_mixer
 from rxlm.nn.norms import make_norm
+from rxlm.ops.losses import Reduction, linear_cross_entropy
 
 
 class LMCache(NamedTuple):
@@ -145,6 +146,21 @@ class LMNetwork(nn.Module):
         """Return the scores of the next token, ``[..., V]``, of hidden states ``[..., D]``."""
         scores: Tensor = self.head(hidden)
         return scores
+
+    def cross_entropy(
+        self, hidden: Tensor, labels: Tensor, *, reduction: Reduction = "mean"
+    ) -> tuple[Tensor, Tensor]:
+        """Return loss and number of right predictions, without holding all of :meth:`logits`.
+
+        Args:
+            hidden: of M tokens, ``[M, D]``.
+            labels: the token that follows each, int64 ``[M]``.
+            reduction: see :func:`~rxlm.ops.losses.linear_cross_entropy`.
+        """
+        head = self.head
+        return linear_cross_entropy(
+            hidden, head.weight, head.bias, labels, reduction=reduction, return_correct=True
+        )
 
     def _check_length(self, positions: Tensor) -> None:
         longest = int(positions.max()) + 1 if positions.numel() and not positions.is_meta else 0

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -71,8 +70,7 @@ def next_token_losses(model: LanguageModel, rows: LMRows) -> tuple[Tensor, Tenso
     hidden, _ = model(rows.ids[:, :-1], rows.mask[:, :-1])
     targets = rows.mask[:, 1:]
     labels = rows.ids[:, 1:][targets]
-    logits = model.logits(hidden[targets]).float()
-    return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
+    return model.cross_entropy(hidden[targets], labels, reduction="sum")
 
 
 class LMObjective(Objective):

@@ -17,6 +17,7 @@ from rxlm.data import DialogueGenerator, GeneratedConversations, conversation_te
 from rxlm.errors import UserError
 from rxlm.lm.config import LMConfig
 from rxlm.lm.language_model import LanguageModel
+from rxlm.ops import losses
 from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.tokenization import Tokenizer, TokenizerTraining, train_tokenizer
@@ -88,6 +89,7 @@ SHARED = (
     Case("memory_aware", "md_gdn", "zero3"),
     Case("lm", strategy="ddp"),
     Case("lm", strategy="zero2"),
+    Case("lm", strategy="zero3"),
     Case("memory_aware", strategy="zero2_offload"),
     Case("memory_aware", strategy="ddp", accumulation=4),
     Case("memory_aware", strategy="zero2", accumulation=4),
@@ -220,6 +222,8 @@ def fail_in_process_1(world: World, root: Path, tokens: Tokenizer) -> None:
 
 def main(root: Path) -> None:
     only = os.environ.get("RXLM_CASES")
+    # Scores in chunks here, in one piece in the one process that this is compared with.
+    losses.WHOLE_SCORES, losses.FEWEST_ROWS = 1, 7
     with open_world() as world:
         tokens = tokenizer()
         if only == "failing":

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from rxlm.errors import UserError
 from rxlm.lm import LanguageModel
+from rxlm.ops import losses
 from rxlm.tokenization import Tokenizer
 from rxlm.training import loggers
 from rxlm.training.checkpoint import find_latest
@@ -72,6 +73,26 @@ def test_loss_is_that_of_single_documents(tiny_tokenizer: Tokenizer) -> None:
     assert float(output.loss) == pytest.approx(nats / count, rel=1e-6)
     one = bucketed_rows([[1, 2], [1, 2, 3, 4]], 2, 0)
     assert [rows.ids.tolist() for rows in one] == [[[1, 2]], [[1, 2, 3, 4]]]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_scores_in_chunks_change_nothing(
+    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    """Catches a loss, an accuracy or a gradient of the (tied) head that depends on how many rows'
+    scores fit into memory."""
+    found = []
+    for limit in (losses.WHOLE_SCORES, 1):
+        monkeypatch.setattr(losses, "WHOLE_SCORES", limit)
+        monkeypatch.setattr(losses, "FEWEST_ROWS", 7)
+        objective = make(tiny_tokenizer, batch_size=8, tie_embeddings=tied)
+        objective.model.double()
+        output = objective.loss(objective.batch(0, 0), 0)
+        output.loss.backward()
+        grads = [parameter.grad for parameter in objective.model.parameters()]
+        with torch.no_grad():
+            found.append((output.loss, output.metrics, grads, objective.validate()))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
 
 
 def test_accum_4x16_equals_1x64(tiny_tokenizer: Tokenizer) -> None:
