@@ -20,6 +20,7 @@ from rxlm.ops import losses
 from rxlm.tokenization import Tokenizer
 from rxlm.training import loggers
 from rxlm.training.checkpoint import find_latest
+from rxlm.training.distributed.strategy import Strategy
 from rxlm.training.metrics import TIMING_FIELDS, read_metrics
 from rxlm.training.objectives.language_modeling import LMObjective, LMSettings, bucketed_rows
 from rxlm.training.objectives.row_windows import TextRows
@@ -106,7 +107,8 @@ def test_accum_4x16_equals_1x64(tiny_tokenizer: Tokenizer) -> None:
         batches = [objective.batch(0, index) for index in range(accumulation)]
         counts = {objective.loss(batch, 0).num_targets for batch in batches}
         assert accumulation == 1 or len(counts) > 1, "micro-batches differ in their targets"
-        run_update(objective, optimizer, batches, 0, settings, torch.device("cpu"))
+        strategy = Strategy(objective, optimizer, settings, torch.device("cpu"))
+        run_update(strategy, batches, 0, torch.device("cpu"))
         gradients.append([parameter.grad for parameter in objective.model.parameters()])
     for many, once in zip(*gradients, strict=True):
         assert many is not None
