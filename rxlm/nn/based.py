@@ -25,17 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from rxlm.errors import UserError
-from rxlm.nn.attention import Attention, AttentionSettings
+from rxlm.nn.attention import AttentionSettings
 from rxlm.nn.feature_map_attention import (
     TAYLOR_DIM,
     FeatureMapAttention,
     FeatureMapSettings,
 )
 from rxlm.nn.linear_attention import Mode
-from rxlm.nn.local_cache import LocalCache, attend_locally, next_positions
 from rxlm.nn.short_conv import RealTokensFirst, ShortConvolution
-from rxlm.ops.local_attention import LocalPattern
-from rxlm.ops.rotary import rotary_phases
+from rxlm.nn.window_attention import WindowAttention
 
 Kind = Literal["conv", "taylor", "window"]
 """A kind of layer of the published model."""
@@ -180,39 +178,21 @@ class GatedConvolution(nn.Module):
         return self.output(convolved * gate), ConvCache(recent)
 
 
-class WindowAttention(nn.Module):
-    """Softmax attention to the last W tokens, with rotary positions."""
-
-    def __init__(self, settings: BasedSettings) -> None:
-        super().__init__()
-        self.pattern, self.rope_base = LocalPattern.sliding(settings.window), settings.rope_base
-        self.attention = Attention(
-            AttentionSettings(
-                dim=settings.dim,
-                num_heads=settings.num_heads,
-                num_key_value_heads=settings.num_heads,
-                head_dim=settings.dim // settings.num_heads,
-                rotary="none" if settings.rope_base is None else "both",
-                output_bias=False,
-                dropout=settings.dropout,
-            )
-        )
-
-    def forward(
-        self, x: Tensor, key_mask: Tensor | None = None, cache: LocalCache | None = None
-    ) -> tuple[Tensor, LocalCache]:
-        """Attend from ``x`` ``[B, T, D]``, going on from ``cache``; padding yields zeros.
-
-        Args and errors are those of :meth:`GatedConvolution.forward`.
-        """
-        _check_mask(x, key_mask)
-        phases = None
-        if self.rope_base is not None:
-            positions = next_positions(key_mask, x.shape[0], x.shape[1], cache, x.device)
-            phases = rotary_phases(positions, self.attention.settings.head_dim, self.rope_base)
-        y, kept = attend_locally(self.attention, x, self.pattern, phases, key_mask, cache)
-        assert kept is not None  # The pattern is causal.
-        return (y if key_mask is None else y.masked_fill(~key_mask.unsqueeze(-1), 0.0)), kept
+def window_of(settings: BasedSettings) -> WindowAttention:
+    """Return the sliding window of Based: softmax attention with rotary positions."""
+    return WindowAttention(
+        AttentionSettings(
+            dim=settings.dim,
+            num_heads=settings.num_heads,
+            num_key_value_heads=settings.num_heads,
+            head_dim=settings.dim // settings.num_heads,
+            rotary="none" if settings.rope_base is None else "both",
+            output_bias=False,
+            dropout=settings.dropout,
+        ),
+        settings.window,
+        settings.rope_base,
+    )
 
 
 class BasedBlock(nn.Module):
@@ -228,7 +208,7 @@ class BasedBlock(nn.Module):
         known: dict[str, Callable[[], nn.Module]] = {
             "conv": lambda: GatedConvolution(settings.dim, settings.conv_size),
             "taylor": settings.taylor,
-            "window": lambda: WindowAttention(settings),
+            "window": lambda: window_of(settings),
         }
         if not kinds or any(kind not in known for kind in kinds):
             raise UserError(f"based kinds={list(kinds)}: give at least one of {', '.join(known)}.")
@@ -258,7 +238,7 @@ class BasedMixer(nn.Module):
         super().__init__()
         self.short_convolution = ShortConvolution(settings.dim, settings.conv_size)
         self.taylor = settings.taylor()
-        self.window = WindowAttention(settings)
+        self.window = window_of(settings)
 
     def forward(
         self, x: Tensor, key_mask: Tensor | None = None, cache: BasedCache | None = None

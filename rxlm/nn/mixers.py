@@ -27,10 +27,9 @@ from rxlm.nn.attention import Attention, AttentionSettings, KeyValue
 from rxlm.nn.based import BasedMixer, BasedSettings, GatedConvolution
 from rxlm.nn.feature_map_attention import TAYLOR_DIM, FeatureMapAttention, FeatureMapSettings
 from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention, Mode
-from rxlm.nn.local_cache import LocalCache, attend_locally, next_positions
+from rxlm.nn.window_attention import WindowAttention
 from rxlm.ops.alibi import alibi_bias
 from rxlm.ops.attention import attend, visible_keys
-from rxlm.ops.local_pattern import LocalPattern
 from rxlm.ops.rotary import rotary_phases
 
 Cost = Literal["linear", "quadratic"]
@@ -151,7 +150,7 @@ class SoftmaxMixer(nn.Module):
         super().__init__()
         self.rope_base = settings.rope_base if settings.rotary else None
         self.alibi = settings.alibi
-        self.attention = _attention(settings)
+        self.attention = Attention(_attention_settings(settings))
 
     def forward(
         self, x: Tensor, key_mask: Tensor | None = None, cache: SoftmaxCache | None = None
@@ -205,45 +204,18 @@ class SoftmaxMixer(nn.Module):
         return self.attention.combine(heads, x)
 
 
-class LocalMixer(nn.Module):
-    """Softmax attention to the last ``window`` real tokens, the token itself included."""
-
-    def __init__(self, settings: MixerSettings) -> None:
-        super().__init__()
-        if settings.window < 1:
-            raise UserError(f"window={settings.window}: expected an integer >= 1 (1 = itself).")
-        self.rope_base = settings.rope_base if settings.rotary else None
-        self.pattern = LocalPattern.sliding(settings.window)
-        self.attention = _attention(settings)
-
-    def forward(
-        self, x: Tensor, key_mask: Tensor | None = None, cache: LocalCache | None = None
-    ) -> tuple[Tensor, LocalCache]:
-        """Attend over ``x`` ``[B, T, D]`` and the cached past; see the module's contract."""
-        phases = None
-        if self.rope_base is not None:
-            batch, length, _ = x.shape
-            positions = next_positions(key_mask, batch, length, cache, x.device)
-            phases = rotary_phases(positions, self.attention.settings.head_dim, self.rope_base)
-        y, kept = attend_locally(self.attention, x, self.pattern, phases, key_mask, cache)
-        assert kept is not None  # The pattern is causal.
-        return y, kept
-
-
-def _attention(settings: MixerSettings) -> Attention:
+def _attention_settings(settings: MixerSettings) -> AttentionSettings:
     heads = settings.num_heads
     _check_heads(settings)
-    return Attention(
-        AttentionSettings(
-            dim=settings.dim,
-            num_heads=heads,
-            num_key_value_heads=settings.num_key_value_heads or heads,
-            head_dim=settings.dim // heads,
-            rotary="both" if settings.rotary else "none",
-            output_bias=False,
-            dropout=settings.dropout,
-            norm_eps=settings.norm_eps,
-        )
+    return AttentionSettings(
+        dim=settings.dim,
+        num_heads=heads,
+        num_key_value_heads=settings.num_key_value_heads or heads,
+        head_dim=settings.dim // heads,
+        rotary="both" if settings.rotary else "none",
+        output_bias=False,
+        dropout=settings.dropout,
+        norm_eps=settings.norm_eps,
     )
 
 
@@ -398,4 +370,5 @@ def _gated_conv(settings: MixerSettings) -> nn.Module:
     positions=("rotary",),
 )
 def _local(settings: MixerSettings) -> nn.Module:
-    return LocalMixer(settings)
+    rope_base = settings.rope_base if settings.rotary else None
+    return WindowAttention(_attention_settings(settings), settings.window, rope_base)

@@ -14,11 +14,12 @@ from rxlm.nn.based import (
     BasedMixer,
     BasedSettings,
     GatedConvolution,
-    WindowAttention,
     based_layers,
+    window_of,
 )
 from rxlm.nn.feature_map_attention import FeatureMapAttention, FeatureMapSettings
 from rxlm.nn.mixers import MixerSettings, build_mixer
+from rxlm.nn.window_attention import WindowAttention
 from rxlm.ops.feature_map_attention import feature_map_attention
 
 KINDS = ("conv", "taylor", "window", "block", "based", "elu conv")
@@ -32,7 +33,7 @@ def layer_of(kind: str, window: int = 5) -> nn.Module:
     if kind == "conv":
         made = GatedConvolution(16)
     elif kind == "window":
-        made = WindowAttention(sizes)
+        made = window_of(sizes)
     elif kind == "block":
         made = BasedBlock(sizes, based_layers(5))
     elif kind == "based":
