@@ -23,8 +23,8 @@ GLA_GATE_TEMPERATURE = 16.0
 
 # Step sizes at the start, log-uniform: memories of ten to a thousand tokens at unit rate.
 SMALLEST_STEP, LARGEST_STEP = 1e-3, 0.1
-# A state that conversations carry on has to outlast turns: ten times as long.
-SMALLEST_CARRIED_STEP, LARGEST_CARRIED_STEP = 1e-4, 1e-2
+# A state that conversations carry on has to outlast many turns: a hundred times as long.
+SMALLEST_CARRIED_STEP, LARGEST_CARRIED_STEP = 1e-5, 1e-3
 LARGEST_RATE = 16.0
 # Per head and per channel gates; the published initialisations differ in the lower end.
 SMALLEST_RATES = {"gated_deltanet": 1e-4, "kda": 1.0}
