@@ -3,13 +3,13 @@
     m        = norm(mean of the slots)
     offsets  = up(down(m))                      'add': the same for every token of the interaction
                up(SiLU(tokens(x) + down(m)))    'concat': up(SiLU(linear([x; m])))
-    gates    = KDA's, with the offsets added to the logits of decay and write strength
+    gates    = KDA's, with the offsets (and a bias) added to the logits of decay and write strength
     memory   = scale * sum_j write_j k_j v_j^T / sqrt(number of slots)
     start    = keep * carried + (1 - keep) * memory
 
 ``keep`` is a sigmoid of m, one number a head, and 0 for a conversation without a past. All that
-depends on memory alone is computed once per interaction. ``up`` starts at zero: the gates start as
-KDA's. Slots become keys and values through one bottleneck as wide as a head, so the parameters
+depends on memory alone is computed once per interaction. ``up`` starts at zero: decays start as
+KDA's, writes mostly closed. Slots become keys and values through one bottleneck as wide as a head, so the parameters
 grow with the width of the model times that of a head, not with the size of the state.
 
 Shapes: B batch, T tokens, S slots, D width, HV value heads, K/V head dimensions, R bottleneck (V),
@@ -31,6 +31,9 @@ MemoryFusionMode = Literal["add", "concat"]
 INITIAL_KEEP_LOGIT = 7.0
 """99.9 % of the carried state pass into the next interaction: 98 % after 24 of them. Windows of
 training are shorter than conversations, so what fades slowly is hardly corrected by training."""
+INITIAL_WRITE_LOGIT = -3.0
+"""Added to the logits of the write strength: a token erases and writes 5 % unless it has learned to
+write more. At one half, as in KDA, hundreds of tokens of small talk would erase what was told."""
 INITIAL_SCALE = 0.1
 """Of the state from memory: small, so that it does not disturb; not 0, so that all of it learns."""
 
@@ -84,16 +87,18 @@ class MemoryFusion(nn.Module):
         self.slot_key = nn.Linear(value_dim, num_value_heads * key_dim, bias=False)
         self.slot_value = nn.Linear(value_dim, num_value_heads * value_dim, bias=False)
         self.slot_write = nn.Linear(dim, num_value_heads, bias=False)
+        self.write_bias = nn.Parameter(torch.empty(num_value_heads))
         self.scale = nn.Parameter(torch.empty(num_value_heads))
         self.keep = nn.Linear(dim, num_value_heads)
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Set what has a start of its own: gates as KDA's, a past that is kept, little memory."""
+        """Set what has a start of its own: few writes, a past that is kept, little memory."""
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.keep.weight)
         nn.init.constant_(self.keep.bias, INITIAL_KEEP_LOGIT)
+        nn.init.constant_(self.write_bias, INITIAL_WRITE_LOGIT)
         nn.init.constant_(self.scale, INITIAL_SCALE)
 
     def forward(self, slots: Tensor, slot_mask: Tensor | None = None) -> MemoryCondition:
@@ -144,7 +149,7 @@ class MemoryFusion(nn.Module):
             offsets = self.up(F.silu(self.tokens(x) + offsets))
         heads, key_dim, _ = self._heads
         decay, write = offsets.split((heads * key_dim, heads), dim=-1)
-        return decay, write
+        return decay, write + self.write_bias
 
     @staticmethod
     def initial_state(
