@@ -9,8 +9,9 @@
 
 ``keep`` is a sigmoid of m, one number a head, and 0 for a conversation without a past. All that
 depends on memory alone is computed once per interaction. ``up`` starts at zero: decays start as
-KDA's, writes mostly closed. Slots become keys and values through one bottleneck as wide as a head, so the parameters
-grow with the width of the model times that of a head, not with the size of the state.
+KDA's, writes mostly closed. Slots become keys and values through one bottleneck as wide as a head,
+so the parameters grow with the width of the model times that of a head, not with the size of the
+state.
 
 Shapes: B batch, T tokens, S slots, D width, HV value heads, K/V head dimensions, R bottleneck (V),
 C = HV * (K + 1) gates.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rxlm.errors import UserError
 from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
-from rxlm.nn.memory_driven import MemoryFusion
+from rxlm.nn.memory_driven import INITIAL_WRITE_LOGIT, MemoryFusion
 from rxlm.nn.recurrent_cache import CarriedLayer, CarriedState
 
 MODES = ("add", "concat")
@@ -67,13 +67,14 @@ def test_without_memory_it_is_kda_to_the_last_bit(mode: str) -> None:
 
 
 @modes
-def test_the_gates_start_as_those_of_kda(mode: str) -> None:
-    """Catches an untrained memory that disturbs the gates."""
+def test_memory_has_no_say_in_the_gates_at_the_start(mode: str) -> None:
+    """Catches an untrained memory that disturbs the gates, and writes that start half open."""
     layer = layer_of(mode)
     layer.memory_fusion.initialize()
     x, slots, _ = inputs()
     offsets = layer.memory_fusion.gate_offsets(x, layer.memory_fusion(slots))
-    assert all(not offset.any() for offset in offsets)
+    assert not offsets[0].any()
+    assert (offsets[1] == INITIAL_WRITE_LOGIT).all() and INITIAL_WRITE_LOGIT < -1
 
 
 @modes
@@ -93,7 +94,7 @@ def test_both_gates_are_those_of_the_definition(mode: str) -> None:
     logits = layer.gates.decay(x) + offset[..., :24]
     steps = torch.nn.functional.softplus(logits + layer.gates.dt_bias).unflatten(-1, (3, 8))
     decay = -layer.gates.A_log.exp()[:, None] * steps
-    write = (layer.gates.write(x) + offset[..., 24:]).sigmoid()
+    write = (layer.gates.write(x) + offset[..., 24:] + fusion.write_bias).sigmoid()
     torch.testing.assert_close(gates.log_decay, decay)
     torch.testing.assert_close(gates.write_strength, write)
 
@@ -140,8 +141,8 @@ def test_the_parameters_stay_few() -> None:
         gates = 1024 * 64 + 64 * 16 * 65 + extra
         slots = 1024 * 64 + 2 * 64 * 1024 + 1024 * 16
         found = sum(parameter.numel() for parameter in fusion.parameters())
-        assert found == gates + slots + 1024 + (1024 * 16 + 16) + 16
-        assert found == {"add": 362_528, "concat": 428_064}[mode]  # as the page says
+        assert found == gates + slots + 1024 + (1024 * 16 + 16) + 2 * 16
+        assert found == {"add": 362_544, "concat": 428_080}[mode]  # as the page says
 
 
 @modes
@@ -181,8 +182,9 @@ def test_padding_and_missing_slots_change_nothing(mode: str) -> None:
 
 
 def test_a_memory_without_slots_is_none() -> None:
-    """Catches a mean of no slots (0 / 0): that row is KDA's."""
+    """Catches a mean of no slots (0 / 0): that row is KDA's, but for the bias."""
     layer = layer_of("add")
+    torch.nn.init.zeros_(layer.memory_fusion.write_bias)
     x, slots, _ = inputs()
     nothing = torch.zeros(2, 5, dtype=torch.bool)
     condition = layer.memory_fusion(slots, nothing)
