@@ -201,9 +201,12 @@ class Router(nn.Module):
 
     def _scores(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else self.dtype
-        enabled = self.follows_autocast and torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(_autocast_type(x), enabled=enabled):
-            scores = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
+        x, weight = x.to(dtype), self.weight.to(dtype)
+        if self.follows_autocast or x.device.type == "meta":  # That has no autocast to switch off.
+            scores = nn.functional.linear(x, weight)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                scores = nn.functional.linear(x, weight)
         return scores if scores.dtype == torch.float64 else scores.float()
 
     def _statistics(
@@ -218,8 +221,3 @@ class Router(nn.Module):
         # Selected, not multiplied: a padded token may hold anything.
         chosen = torch.where(real[:, None] > 0, probabilities, 0.0)
         return RoutingStatistics(chosen.sum(0), visits, real.sum(), self.offset, self.balance)
-
-
-def _autocast_type(x: Tensor) -> str:
-    # There is no autocast on the meta device; any other does for switching it off.
-    return "cpu" if x.device.type == "meta" else x.device.type

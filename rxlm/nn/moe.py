@@ -140,6 +140,8 @@ class MixtureOfExperts(nn.Module):
         routing = self.router(flat, mask)
         if self.settings.backend == "loop":
             mixed = self._in_a_loop(flat, routing)
+        elif self._decodes_on_cpu(flat):
+            mixed = self._of_one_token(flat, routing)
         else:
             mixed = self._together(flat, routing)
         if self.settings.num_shared:
@@ -179,6 +181,26 @@ class MixtureOfExperts(nn.Module):
         )
         by_token = output.index_select(0, unsorted).view(-1, top_k, x.shape[-1])
         return (by_token * routing.weights[..., None]).sum(dim=1).to(x.dtype)
+
+    def _decodes_on_cpu(self, x: Tensor) -> bool:
+        one = len(x) == 1 and self.settings.backend is None and x.device.type == "cpu"
+        return one and not torch.is_grad_enabled()
+
+    def _of_one_token(self, x: Tensor, routing: Routing) -> Tensor:
+        """Multiply by the chosen matrices where they lie: nothing to sort, nothing to copy."""
+        weights = self.experts
+        chosen = routing.experts[0]
+        experts = chosen.tolist()
+        hidden = torch.cat([nn.functional.linear(x, weights.up[expert]) for expert in experts])
+        hidden = weights.inner(_biased(hidden, weights.up_bias, chosen))
+        output = torch.cat(
+            [
+                nn.functional.linear(row, weights.down[expert])
+                for row, expert in zip(hidden.split(1), experts, strict=True)
+            ]
+        )
+        output = _biased(output, weights.down_bias, chosen)
+        return (output * routing.weights[0, :, None]).sum(dim=0, keepdim=True).to(x.dtype)
 
     def _in_a_loop(self, x: Tensor, routing: Routing) -> Tensor:
         weights = self.experts

@@ -8,11 +8,13 @@ Shapes: M rows, E groups, I input width, O output width.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 GroupedBackend = Literal["segments", "gather", "grouped_mm"]
 """``segments``: a matrix product for every group that has rows. ``gather``: every row brings a copy
@@ -45,7 +47,8 @@ def grouped_backend(
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the type in which matrix products of ``x`` are computed: autocast's, or its own."""
-    if torch.is_autocast_enabled(x.device.type):
+    # There is no autocast on the meta device, not even to ask for.
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -70,12 +73,50 @@ def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, backend: GroupedBa
         dtype = product_dtype(x)
         ends = counts.cumsum(0).to(torch.int32)
         return F.grouped_mm(x.to(dtype), weight.to(dtype).transpose(-2, -1), offs=ends)
-    sizes = counts.tolist()
-    # The gradient of an indexed matrix is as large as all of them; that of unbind is made once.
-    matrices = weight.unbind(0) if torch.is_grad_enabled() else weight
-    parts = [
-        F.linear(rows, matrices[group]) for group, rows in enumerate(x.split(sizes)) if sizes[group]
-    ]
-    if not parts:
-        return F.linear(x, weight[0])
-    return torch.cat(parts)
+    dtype = product_dtype(x)
+    output: Tensor = _Segments.apply(x.to(dtype), weight.to(dtype), counts.tolist())
+    return output
+
+
+class _Segments(torch.autograd.Function):
+    """One product a group, written into its rows of one result; so are the gradients.
+
+    Written by hand because automatic gradients of many slices cost more than the products: those
+    of the matrices would be made one by one and copied together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        output = x.new_empty(len(x), weight.shape[1])
+        for group, rows in _spans(sizes):
+            torch.mm(x[rows], weight[group].t(), out=output[rows])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        for_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        if for_weight is not None:
+            for group, size in enumerate(ctx.sizes):
+                if not size:
+                    for_weight[group].zero_()
+        for group, rows in _spans(ctx.sizes):
+            if for_x is not None:
+                torch.mm(gradient[rows], weight[group], out=for_x[rows])
+            if for_weight is not None:
+                torch.mm(gradient[rows].t(), x[rows], out=for_weight[group])
+        return for_x, for_weight, None
+
+
+def _spans(sizes: list[int]) -> Iterator[tuple[int, slice]]:
+    """Return the groups that have rows, and which rows."""
+    start = 0
+    for group, size in enumerate(sizes):
+        if size:
+            yield group, slice(start, start + size)
+        start += size

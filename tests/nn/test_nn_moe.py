@@ -160,13 +160,18 @@ def test_one_expert_is_the_dense_network(gated: bool) -> None:
 
 @given(data=st.data(), rows=st.integers(1, 9), shared=st.integers(0, 2))
 def test_a_token_depends_on_no_other(data: st.DataObject, rows: int, shared: int) -> None:
-    """Catches capacity, statistics of a batch, and an order of rows in the output."""
-    module = mixture(num_shared=shared, shared_hidden_dim=8)
+    """Catches capacity, statistics of a batch, an order of rows in the output, and a decoding step
+    that is not the forward pass."""
+    bias = data.draw(st.sampled_from(["global", "local", "off"]))
+    module = mixture(num_shared=shared, shared_hidden_dim=8, bias=bias)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x = torch.randn(rows, DIM, dtype=torch.float64, generator=generator)
     order = torch.tensor(data.draw(st.permutations(range(rows))))
     together = module(x)
     alone = torch.cat([module(row[None]) for row in x])
+    torch.testing.assert_close(together, alone, atol=1e-12, rtol=1e-10)
+    with torch.no_grad():  # The form of decoding.
+        alone = torch.cat([module(row[None]) for row in x])
     torch.testing.assert_close(together, alone, atol=1e-12, rtol=1e-10)
     torch.testing.assert_close(module(x[order]), together[order], atol=1e-12, rtol=1e-10)
     folded = module(x.view(1, rows, 1, DIM))
@@ -307,3 +312,13 @@ def test_router_precision(follows: bool) -> None:
     exact = (low.float() @ module.router.weight.float().T).softmax(-1)
     torch.testing.assert_close(module.router(low, None).probabilities, exact)
     assert module(low).dtype == torch.bfloat16
+
+
+def test_shapes_are_found_without_storage() -> None:
+    """Catches a transfer from the device, which the meta device does not have."""
+    with torch.device("meta"):
+        module = MixtureOfExperts(MoeSettings(DIM, INNER, 8, 2, num_shared=1, shared_hidden_dim=4))
+        with record_routing() as record:
+            output = module(torch.empty(2, 3, DIM))
+    assert output.shape == (2, 3, DIM) and output.device.type == "meta"
+    assert record.objective().shape == ()
