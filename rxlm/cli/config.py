@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rxlm.cli import console
+from rxlm.cli.model_costs import show_costs
 from rxlm.cli.train import print_recipe
+from rxlm.errors import UserError
 
 if TYPE_CHECKING:
     from rxlm.training.recipes import StageFile
@@ -29,11 +31,28 @@ def register(app: typer.Typer) -> None:
     app.add_typer(family, name="config")
 
 
-def show(path: RecipePath, overrides: Overrides = None) -> None:
+def show(
+    path: RecipePath,
+    overrides: Overrides = None,
+    params: Annotated[
+        bool,
+        typer.Option(
+            "--params", help="Print what its model costs instead: parameters, operations, bytes."
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --params: as JSON on standard output.")
+    ] = False,
+) -> None:
     """Print a recipe with its parents merged, overrides applied and every default filled in.
 
     Example: rxlm config show stages/nano/50_memory_aware.yaml train.steps=500
     """
+    if params:
+        show_costs(path, overrides or [], as_json=as_json)
+        return
+    if as_json:
+        raise UserError("--json goes with --params: a recipe is printed as YAML.")
     stages = _read(path, overrides or [])
     for index, stage in enumerate(stages):
         if len(stages) > 1:

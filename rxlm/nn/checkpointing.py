@@ -11,7 +11,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from rxlm.nn.expert_routing import RoutingStatistics, active_record, record_routing
 
 Result = TypeVar("Result")
 
@@ -29,5 +32,16 @@ def recompute(function: Callable[..., Result], *arguments: Any, **keywords: Any)
     """
     if not torch.is_grad_enabled():
         return function(*arguments, **keywords)
-    result: Result = checkpoint(lambda: function(*arguments, **keywords), use_reentrant=False)
+    record = active_record()
+    if record is None:
+        result: Result = checkpoint(lambda: function(*arguments, **keywords), use_reentrant=False)
+        return result
+
+    # Statistics of routers are part of what a block returns: the second time must not add any.
+    def block() -> tuple[Result, list[tuple[nn.Module, RoutingStatistics]]]:
+        with record_routing() as inner:
+            return function(*arguments, **keywords), inner.entries
+
+    result, entries = checkpoint(block, use_reentrant=False)
+    record.entries.extend(entries)
     return result

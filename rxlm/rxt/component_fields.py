@@ -31,6 +31,20 @@ LayerKind = Literal[
 ]  # fmt: skip
 StatelessLayerKind = Literal["dense", "moe"]
 MoeBiasMode = Literal["global", "local", "off"]
+Balance = Literal["loss", "bias", "both"]
+
+
+Stack = Literal["initial", "memory", "final"]
+"""Where a layer stands: before those with a memory, among them, or after them."""
+
+
+class LayerPlan(NamedTuple):
+    """What one layer is built of: its self-attention, and the inner width of its feed-forward
+    network (of each expert, if that is a mixture)."""
+
+    attention: str
+    is_moe: bool
+    ff_dim: int
 
 
 class HeadWidths(NamedTuple):
@@ -169,33 +183,40 @@ class ComponentFields(Config):
     """Feed-forward type of layers without memory after the others, one name a layer."""
 
     use_moe: bool = False
-    """Whether feed-forward networks are mixtures of experts."""
+    """Whether the feed-forward networks of layers with memory are mixtures of experts."""
     num_experts: PositiveInt = 1
-    """Number of routed experts."""
+    """Number of routed experts, each `ff_dim` wide."""
     moe_top_k: PositiveInt = 1
-    """Number of experts that each token visits."""
+    """Number of experts that each token visits. Their outputs are mixed by renormalised router
+    probabilities; that of a single one is multiplied by its probability."""
     num_shared_experts: Annotated[int, Field(ge=0)] = 1
     """Number of experts that every token visits besides the routed ones."""
     shared_expert_dim: PositiveInt | None = None
     """Inner width of shared experts; unset: `ff_dim`."""
     router_amp: bool = False
-    """Whether the router runs under mixed precision."""
+    """Whether mixed precision may compute the router's scores in its lower type."""
     router_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the router."""
+    """Type in which the router's scores are computed; their softmax is never below float32."""
     use_vectorized_moe: bool = True
-    """Whether experts are computed together instead of in a loop."""
+    """Whether tokens are sorted by expert and each expert computed once; otherwise experts are
+    looped over. The result is the same."""
     vectorized_moe_from_legacy: bool = False
     """Accepted for compatibility: loading of the reference's old expert weights."""
     moe_grouped_gemm: bool = True
-    """Whether experts use a grouped matrix product."""
+    """Whether all experts may be one grouped matrix product of PyTorch, where it has one (CUDA,
+    bfloat16); otherwise there is one product for each expert. The result is the same."""
     moe_use_cutlass_grouped_gemm: bool = True
-    """Accepted for compatibility: which library computes the grouped product."""
+    """Accepted for compatibility: PyTorch picks what computes the grouped product."""
     moe_bias_mode: MoeBiasMode = "global"
-    """Biases of experts: one for all (`global`), one each (`local`), or none (`off`)."""
+    """Biases of routed experts: the same for all (`global`), one each (`local`), or none
+    (`off`)."""
     moe_shared_experts_bias_mode: MoeBiasMode = "local"
     """Biases of shared experts, as `moe_bias_mode`."""
     moe_use_weighted_shared_experts: bool = False
-    """Whether shared experts are mixed by learned weights instead of their mean."""
+    """Whether shared experts are mixed by learned weights of each token instead of their mean."""
+    moe_balance: Balance = "loss"
+    """What keeps experts evenly used in training: an auxiliary loss, offsets of the scores that
+    follow the usage, or both. Not in the reference, whose loss does not balance."""
 
     legacy_stm_in_encoder: bool = False
     """Encoder with memory cross-attention, as in early checkpoints of the reference."""
@@ -226,6 +247,30 @@ class ComponentFields(Config):
         """Self-attention type of each layer after those with memory."""
         count = len(self.final_stateless_layers_config or ())
         return self._types_of(self.final_stateless_attn_layer_types, count)
+
+    def layer_plan(self, stack: Stack, layer: int) -> LayerPlan:
+        """Return what the layer of index ``layer`` in ``stack`` is built of."""
+        if stack == "memory":
+            return LayerPlan(self.layer_types[layer], self.use_moe, self.ff_dim)
+        names, types = self.stateless_layers_config, self.stateless_layer_types
+        if stack == "final":
+            names, types = self.final_stateless_layers_config, self.final_stateless_layer_types
+        is_moe = (names or ())[layer] == "moe"
+        return LayerPlan(types[layer], is_moe, self.ff_dim if is_moe else self.dense_layer_dim)
+
+    @property
+    def layer_plans(self) -> tuple[tuple[Stack, LayerPlan], ...]:
+        """All layers in the order in which they run."""
+        counts: tuple[tuple[Stack, int], ...] = (
+            ("initial", len(self.stateless_layers_config or ())),
+            ("memory", self.num_layers),
+            ("final", len(self.final_stateless_layers_config or ())),
+        )
+        return tuple(
+            (stack, self.layer_plan(stack, layer))
+            for stack, count in counts
+            for layer in range(count)
+        )
 
     @property
     def cross_attention_heads(self) -> HeadCounts:

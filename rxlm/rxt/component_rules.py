@@ -28,7 +28,7 @@ _MOE_FIELDS = (
     "num_experts", "moe_top_k", "num_shared_experts", "shared_expert_dim", "router_amp",
     "router_dtype", "use_vectorized_moe", "vectorized_moe_from_legacy", "moe_grouped_gemm",
     "moe_use_cutlass_grouped_gemm", "moe_bias_mode", "moe_shared_experts_bias_mode",
-    "moe_use_weighted_shared_experts",
+    "moe_use_weighted_shared_experts", "moe_balance",
 )  # fmt: skip
 _LINEAR_FIELDS = (
     "linear_attn_mode", "linear_attn_expand_v", "linear_attn_heads", "linear_attn_use_short_conv",
@@ -63,6 +63,17 @@ def component_problems(config: ComponentFields) -> list[str]:
     return problems
 
 
+def encoder_problems(config: ComponentFields) -> list[str]:
+    """Return one sentence per setting that is meant for decoders only."""
+    if not config.final_stateless_layers_config:
+        return []
+    return [
+        f"encoder.final_stateless_layers_config={list(config.final_stateless_layers_config)}: "
+        "memory takes the states of the num_layers layers before them, so nothing would read "
+        "their output; use encoder.final_stateless_layers_config=None"
+    ]
+
+
 def unsupported_features(config: ComponentFields) -> list[str]:
     """Return one sentence per setting whose part this version does not build."""
     sentences = []
@@ -84,17 +95,6 @@ def unsupported_features(config: ComponentFields) -> list[str]:
             sentences.append(
                 f"{field} with {names}: this attention {NOT_BUILT}; "
                 f"use {one_of(built)} in each entry."
-            )
-    if config.use_moe:
-        sentences.append(
-            f"use_moe=True (num_experts={config.num_experts}): mixture of experts {NOT_BUILT}; "
-            "use use_moe=False."
-        )
-    for field in ("stateless_layers_config", "final_stateless_layers_config"):
-        if getattr(config, field):
-            sentences.append(
-                f"{field}={list(getattr(config, field))}: layers without memory {NOT_BUILT}; "
-                f"use {field}=None."
             )
     if config.legacy_stm_in_encoder:
         sentences.append(
@@ -120,7 +120,12 @@ def ignored_fields(config: ComponentFields) -> list[str]:
     )
     feed_forwards = _stateless(config)
 
-    unread = {"use_flash_attention", "init_identity_norm"}
+    unread = {
+        "use_flash_attention",
+        "init_identity_norm",
+        "vectorized_moe_from_legacy",
+        "moe_use_cutlass_grouped_gemm",
+    }
 
     def unless(read: bool, *fields: str) -> None:
         if not read:
@@ -153,7 +158,11 @@ def ignored_fields(config: ComponentFields) -> list[str]:
     unless(bool(linear) and config.linear_attn_use_short_conv, "linear_attn_conv_size")
     unless(cross and MEMORY_DRIVEN_KIND in kinds, "memory_fusion_mode")
     unless("dense" in feed_forwards, "dense_layer_dim")
-    unless(config.use_moe or "moe" in feed_forwards, *_MOE_FIELDS)
+    moe = config.use_moe or "moe" in feed_forwards
+    unless(moe, *_MOE_FIELDS)
+    unless(config.num_shared_experts > 0, "shared_expert_dim", "moe_shared_experts_bias_mode")
+    unless(config.num_shared_experts > 1, "moe_use_weighted_shared_experts")
+    unless(config.use_vectorized_moe, "moe_grouped_gemm")
     return changed_fields(config, unread)
 
 

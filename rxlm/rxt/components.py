@@ -26,6 +26,8 @@ from rxlm.nn.turn_layout import TurnLayout
 from rxlm.ops.attention import visible_keys
 from rxlm.ops.rotary import rotary_phases, token_positions
 from rxlm.rxt.attention_heads import LINEAR_KINDS, LOCAL_KIND, MEMORY_DRIVEN_KIND
+from rxlm.rxt.component_fields import Stack
+from rxlm.rxt.component_rules import encoder_problems
 from rxlm.rxt.config import HeadCounts, MemoryAttentionConfig, RxTComponentConfig
 from rxlm.rxt.conversation import check_carried
 from rxlm.rxt.layers import LayerCache, ReactiveLayer
@@ -95,12 +97,28 @@ class _Component(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         # Std D**-0.5 fits a tied head; the factor D**0.5 on the input restores unit scale.
         nn.init.normal_(self.embedding.weight, std=config.embed_dim**-0.5)
-        self.layers = nn.ModuleList(
-            ReactiveLayer(config, layer, reads_memory=reads_memory, bidirectional=bidirectional)
-            for layer in range(config.num_layers)
-        )
+
+        def stack(name: Stack, count: int) -> nn.ModuleList:
+            reads = reads_memory and name == "memory"
+            return nn.ModuleList(
+                ReactiveLayer(
+                    config, i, reads_memory=reads, bidirectional=bidirectional, stack=name
+                )
+                for i in range(count)
+            )
+
+        self.initial_layers = stack("initial", len(config.stateless_layers_config or ()))
+        self.layers = stack("memory", config.num_layers)
+        self.final_layers = stack("final", len(config.final_stateless_layers_config or ()))
         # Whether a layer's mask goes over all tokens; local layers make their own.
-        self._has_keys = bool(set(config.layer_types) - {*LINEAR_KINDS, LOCAL_KIND})
+        kinds = {plan.attention for _, plan in config.layer_plans}
+        self._has_keys = bool(kinds - {*LINEAR_KINDS, LOCAL_KIND})
+
+    @property
+    def all_layers(self) -> tuple[ReactiveLayer, ...]:
+        """Every layer in the order in which they run; those with a memory are ``layers``."""
+        stacks = (self.initial_layers, self.layers, self.final_layers)
+        return tuple(cast(ReactiveLayer, layer) for stack in stacks for layer in stack)
 
     def load_shared_embedding(self, embedding: nn.Embedding) -> None:
         """Use ``embedding`` (the same object) in place of the own one."""
@@ -127,7 +145,11 @@ class RxTEncoder(_Component):
     """Bidirectional reader of a finished turn."""
 
     def __init__(self, config: RxTComponentConfig | dict[str, Any]) -> None:
-        super().__init__(RxTComponentConfig.parse(config), reads_memory=False, bidirectional=True)
+        config = RxTComponentConfig.parse(config)
+        problems = encoder_problems(config)
+        if problems:
+            raise UserError("\n".join(problems))
+        super().__init__(config, reads_memory=False, bidirectional=True)
 
     def forward(self, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Encode turns.
@@ -137,8 +159,8 @@ class RxTEncoder(_Component):
             key_mask: ``[B, T]`` bool, True at real tokens (either padding side); None = all.
 
         Returns:
-            the states after every layer, ``[L, B, T, D]``; padded positions hold finite values
-            that nothing may read.
+            the states after every layer with a memory, ``[L, B, T, D]``; padded positions hold
+            finite values that nothing may read.
         """
         length = ids.shape[1]
         mask = (
@@ -149,10 +171,10 @@ class RxTEncoder(_Component):
         phases = self._phases(token_positions(key_mask, length, ids.device))
         x = self._embed(ids)
         states = []
-        for layer in self.layers:
+        for layer in self.all_layers:
             x, _ = self._run(layer, x, mask=mask, phases=phases, key_mask=key_mask)
             states.append(x)
-        return torch.stack(states)
+        return torch.stack(states[len(self.initial_layers) :])
 
 
 class RxTDecoder(_Component):
@@ -172,8 +194,11 @@ class RxTDecoder(_Component):
         )
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self._reads_memory = not config.skip_memory_cross_attention
+        # Places among all layers; stateless layers carry nothing.
         self._carrying = tuple(
-            index for index, kind in enumerate(config.layer_types) if kind == MEMORY_DRIVEN_KIND
+            index
+            for index, (stack, plan) in enumerate(config.layer_plans)
+            if stack == "memory" and plan.attention == MEMORY_DRIVEN_KIND
         )
         if not config.tie_embeddings:
             self.head_weight = nn.Parameter(
@@ -291,7 +316,7 @@ class RxTDecoder(_Component):
                 "give None to decode without memory."
             )
         kept: list[LayerCache] = []
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.all_layers):
             x, present = self._run(
                 layer,
                 x,
@@ -299,10 +324,8 @@ class RxTDecoder(_Component):
                 phases=phases,
                 key_mask=given_mask,
                 past=None if cache is None else cache.layers[index],
-                memory=memory.layers[index] if memory is not None and memory.layers else None,
-                memory_mask=None if memory is None else memory.mask,
-                condition=memory.conditions[index] if memory and memory.conditions else None,
                 carried=carried_layers.get(index),
+                **self._reading_of(index, memory),
             )
             kept.append(cast(LayerCache, present))
         lengths = start + counts[:, -1] if ids.shape[1] else start
@@ -335,7 +358,8 @@ class RxTDecoder(_Component):
             hidden states ``[B, P, D]``, and what is carried before each turn and after the last,
             states ``[R, (N + 1) * B, HV, K, V]`` with flat index ``m * B + b`` after m turns.
         """
-        if len(self._carrying) < len(self.layers):
+        all_layers = self.all_layers
+        if len(self._carrying) < len(all_layers):
             turn_mask = layout.turn_mask
             length, device = layout.longest, ids.device
             mask = visible_keys(turn_mask, length, length, causal=True, device=device)
@@ -344,15 +368,11 @@ class RxTDecoder(_Component):
         carried_layers = self._carried_layers(carried, ids.shape[0], None)
         x = self._embed(ids)
         histories: list[CarriedLayer] = []
-        for index, layer in enumerate(self.layers):
-            reading: dict[str, Any] = {
-                "memory": memory.layers[index] if memory is not None and memory.layers else None,
-                "memory_mask": None if memory is None else memory.mask,
-                "condition": memory.conditions[index] if memory and memory.conditions else None,
-            }
+        for index, layer in enumerate(all_layers):
+            reading = self._reading_of(index, memory)
             if index in self._carrying:
                 x, history = self._run(
-                    cast(ReactiveLayer, layer).forward_turns,
+                    layer.forward_turns,
                     x,
                     layout=layout,
                     phases=phases,
@@ -376,6 +396,17 @@ class RxTDecoder(_Component):
             torch.stack([history.state.flatten(0, 1) for history in histories]),
             histories[0].started.flatten(),
         )
+
+    def _reading_of(self, index: int, memory: MemoryReading | None) -> dict[str, Any]:
+        """Return what the layer at ``index`` of all reads of a memory: nothing, if stateless."""
+        place = index - len(self.initial_layers)
+        if memory is None or not memory.layers or not 0 <= place < len(self.layers):
+            return {}
+        return {
+            "memory": memory.layers[place],
+            "memory_mask": memory.mask,
+            "condition": memory.conditions[place] if memory.conditions else None,
+        }
 
     def _carried_layers(
         self, carried: CarriedState | None, batch_size: int, cache: DecodeCache | None

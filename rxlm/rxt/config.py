@@ -16,6 +16,7 @@ from rxlm.configuration import Config
 from rxlm.errors import UserError
 from rxlm.rxt.attention_heads import HeadCounts
 from rxlm.rxt.component_config import RxTComponentConfig
+from rxlm.rxt.component_rules import encoder_problems
 from rxlm.rxt.memory_config import MemoryAttentionConfig, RxTInterlayerMemoryAttentionConfig
 from rxlm.rxt.tokenizer_config import TokenizerConfig
 
@@ -78,6 +79,7 @@ class RxTConfig(Config):
     @model_validator(mode="after")
     def _check_parts_together(self) -> RxTConfig:
         problems = compatibility_problems(self.decoder, self.encoder, self.memory_attention)
+        problems += encoder_problems(self.encoder)
         problems += self.tokenizer.vocabulary_problems(self.decoder.vocab_size)
         if problems:
             raise ValueError("\n".join(problems))

@@ -1,14 +1,15 @@
 """One layer of the decoder or the encoder (RxT, arXiv 2510.03561, 3.2).
 
     h1 = x  + SelfAttention(norm(x))                            # softmax, local or linear
-    h2 = h1 + MemoryCrossAttention(norm(h1), norm(slots))       # decoder only
-    y  = h2 + FeedForward(norm(h2))
+    h2 = h1 + MemoryCrossAttention(norm(h1), norm(slots))       # layers with memory, decoder only
+    y  = h2 + FeedForward(norm(h2))                             # dense or mixture of experts
 
 Shapes: B batch, T tokens, P past and present tokens, S slots, D width.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from rxlm.nn.attention import Attention, AttentionSettings, KeyValue, initialize_copy_path
@@ -16,11 +17,18 @@ from rxlm.nn.feed_forward import FeedForward
 from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
 from rxlm.nn.local_cache import LocalCache, attend_locally
 from rxlm.nn.memory_driven import MemoryCondition
+from rxlm.nn.moe import MixtureOfExperts, MoeSettings
 from rxlm.nn.norms import make_norm
 from rxlm.nn.recurrent_cache import CarriedLayer, RecurrentCache
 from rxlm.nn.turn_layout import TurnLayout
 from rxlm.ops.local_pattern import LocalPattern
-from rxlm.rxt.attention_heads import LINEAR_KINDS, LOCAL_KIND, MEMORY_DRIVEN_KIND
+from rxlm.rxt.attention_heads import (
+    LINEAR_KINDS,
+    LOCAL_KIND,
+    MEMORY_DRIVEN_KIND,
+    resolve_heads,
+)
+from rxlm.rxt.component_fields import LayerPlan, Stack
 from rxlm.rxt.config import RxTComponentConfig
 
 LayerCache = KeyValue | LocalCache | RecurrentCache
@@ -41,26 +49,31 @@ class ReactiveLayer(nn.Module):
         *,
         reads_memory: bool,
         bidirectional: bool = False,
+        stack: Stack = "memory",
     ) -> None:
         """Build the layer.
 
         Args:
             config: of the component.
-            layer: which of its layers with memory, from 0.
+            layer: which of the layers of its ``stack``, from 0.
             reads_memory: whether there is memory cross-attention.
             bidirectional: whether linear and local self-attention see later tokens; other softmax
                 attention sees what its mask shows.
+            stack: where it stands.
         """
         super().__init__()
+        plan = config.layer_plan(stack, layer)
         self.norm_self = _norm(config)
         self.self_attention: Attention | LinearSelfAttention = (
-            LinearSelfAttention(_linear_settings(config, layer, bidirectional, reads_memory))
-            if config.layer_types[layer] in LINEAR_KINDS
-            else Attention(_self_attention_settings(config, layer))
+            LinearSelfAttention(
+                _linear_settings(config, plan.attention, bidirectional, reads_memory)
+            )
+            if plan.attention in LINEAR_KINDS
+            else Attention(_self_attention_settings(config, plan.attention))
         )
         self.local_pattern = (
             LocalPattern.sliding(config.local_window_size, causal=not bidirectional)
-            if config.layer_types[layer] == LOCAL_KIND
+            if plan.attention == LOCAL_KIND
             else None
         )
         self.reads_memory = reads_memory
@@ -69,18 +82,22 @@ class ReactiveLayer(nn.Module):
             self.norm_slots = _norm(config)
             self.cross_attention = Attention(_cross_attention_settings(config))
         self.norm_feed_forward = _norm(config)
-        self.feed_forward = FeedForward(
-            config.embed_dim,
-            config.ff_dim,
-            activation=config.ff_activation,
-            gated=config.use_gated,
-            dropout=config.ff_dropout,
+        self.feed_forward: FeedForward | MixtureOfExperts = (
+            MixtureOfExperts(_moe_settings(config, plan))
+            if plan.is_moe
+            else FeedForward(
+                config.embed_dim,
+                plan.ff_dim,
+                activation=config.ff_activation,
+                gated=config.use_gated,
+                dropout=config.ff_dropout,
+            )
         )
         self._initialize(config)
 
     def _initialize(self, config: RxTComponentConfig) -> None:
-        # Residual branches start small, so that the sum over 2 L of them keeps unit scale.
-        scale = (2 * config.num_layers) ** -0.5
+        # Residual branches start small, so that the sum over all of them keeps unit scale.
+        scale = (2 * len(config.layer_plans)) ** -0.5
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -97,11 +114,14 @@ class ReactiveLayer(nn.Module):
             if isinstance(attention, LinearSelfAttention) and attention.settings.memory_fusion:
                 attention.memory_fusion.initialize()
                 if config.copy_path_init:
-                    # The state that it carries is a memory, too. Gates start half open.
+                    # The state that it carries is a memory, too. Output gates start half open.
                     attention.initialize_copy_path(
                         2 * scale if config.linear_attn_use_gate else scale
                     )
-        self.feed_forward.down.weight.data.mul_(scale)
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            self.feed_forward.initialize(scale)
+        else:
+            self.feed_forward.down.weight.data.mul_(scale)
         if self.reads_memory and config.copy_path_init:
             initialize_copy_path(self.cross_attention, scale)
 
@@ -154,7 +174,7 @@ class ReactiveLayer(nn.Module):
                 softmax self-attention.
             phases: rotary phases of the T positions, or None without rotary embedding.
             key_mask: bool ``[B, T]``, True at real tokens, or None; for linear and local
-                self-attention.
+                self-attention, and for the statistics of experts.
             past: what this layer kept of earlier tokens; unchanged.
             memory: projected slots from :meth:`read_slots`; None skips the memory.
             memory_mask: bool ``[B, 1, 1, S]``, which slots are visible; None = all.
@@ -170,7 +190,8 @@ class ReactiveLayer(nn.Module):
         mixed, present = self._attend_to_self(
             normed, mask, phases, key_mask, past, condition, carried
         )
-        return self._after_self_attention(x, mixed, phases, memory, memory_mask), present
+        x = self._after_self_attention(x, mixed, phases, memory, memory_mask, key_mask)
+        return x, present
 
     def forward_turns(
         self,
@@ -217,7 +238,12 @@ class ReactiveLayer(nn.Module):
             return part.unflatten(1, (chunks, -1)).flatten(0, 1)
 
         x = self._after_self_attention(
-            rows(x), rows(mixed), None if phases is None else rows(phases), memory, memory_mask
+            rows(x),
+            rows(mixed),
+            None if phases is None else rows(phases),
+            memory,
+            memory_mask,
+            rows(layout.mask),
         )
         return x.unflatten(0, layout.turn.shape).flatten(1, 2), history
 
@@ -228,11 +254,15 @@ class ReactiveLayer(nn.Module):
         phases: Tensor | None,
         memory: KeyValue | None,
         memory_mask: Tensor | None,
+        token_mask: Tensor | None,
     ) -> Tensor:
         x = x + mixed
         if self.reads_memory and memory is not None:
             x = x + self.cross_attention(self.norm_cross(x), memory, memory_mask, phases)
-        return x + self.feed_forward(self.norm_feed_forward(x))
+        normed = self.norm_feed_forward(x)
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            return x + self.feed_forward(normed, token_mask)
+        return x + self.feed_forward(normed)
 
     def _attend_to_self(
         self,
@@ -263,8 +293,30 @@ def _norm(config: RxTComponentConfig) -> nn.Module:
     return make_norm(config.embed_dim, rms=config.use_rms_norm, eps=config.norm_eps)
 
 
-def _self_attention_settings(config: RxTComponentConfig, layer: int) -> AttentionSettings:
-    heads = config.self_attention_heads(layer)
+def _moe_settings(config: RxTComponentConfig, plan: LayerPlan) -> MoeSettings:
+    return MoeSettings(
+        dim=config.embed_dim,
+        hidden_dim=plan.ff_dim,
+        num_experts=config.num_experts,
+        top_k=config.moe_top_k,
+        num_shared=config.num_shared_experts,
+        shared_hidden_dim=config.shared_expert_dim or config.ff_dim,
+        activation=config.ff_activation,
+        gated=config.use_gated,
+        dropout=config.ff_dropout,
+        bias=config.moe_bias_mode,
+        shared_bias=config.moe_shared_experts_bias_mode,
+        weighted_shared=config.moe_use_weighted_shared_experts,
+        router_dtype=getattr(torch, config.router_dtype),
+        router_follows_autocast=config.router_amp,
+        balance=config.moe_balance,
+        backend=None if config.use_vectorized_moe else "loop",
+        use_kernel=config.moe_grouped_gemm,
+    )
+
+
+def _self_attention_settings(config: RxTComponentConfig, kind: str) -> AttentionSettings:
+    heads = resolve_heads(config.self_head_fields(kind))
     return AttentionSettings(
         dim=config.embed_dim,
         num_heads=heads.query,
@@ -281,15 +333,14 @@ def _self_attention_settings(config: RxTComponentConfig, layer: int) -> Attentio
 
 
 def _linear_settings(
-    config: RxTComponentConfig, layer: int, bidirectional: bool, reads_memory: bool
+    config: RxTComponentConfig, kind: str, bidirectional: bool, reads_memory: bool
 ) -> LinearAttentionSettings:
-    kind = config.layer_types[layer]
     widths = config.linear_head_widths(kind)
     memory_driven = kind == MEMORY_DRIVEN_KIND
     return LinearAttentionSettings(
         mechanism="kda" if memory_driven else kind,
         dim=config.embed_dim,
-        num_heads=config.self_attention_heads(layer).query,
+        num_heads=config.self_head_fields(kind).heads,
         key_dim=widths.key,
         value_dim=widths.value,
         mode=config.linear_attn_mode,
@@ -297,7 +348,7 @@ def _linear_settings(
         gated=config.linear_attn_use_gate,
         bidirectional=bidirectional,
         norm_eps=config.linear_attn_norm_eps,
-        # Only the decoder reads a memory: the encoder's md_gdn is KDA in both directions.
+        # Without a memory to read, md_gdn is KDA (in both directions in the encoder).
         memory_fusion=config.memory_fusion_mode if memory_driven and reads_memory else None,
     )
 

@@ -68,3 +68,29 @@ def test_schema_knows_every_stage_and_forbids_unknown_keys(
     assert (
         "Peak learning rate." in schema["$defs"]["TrainSettings"]["properties"]["lr"]["description"]
     )
+
+
+def test_costs_are_those_of_the_model(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches figures of another model, overrides that do not reach it, and JSON that is none."""
+    recipe = str(nano / "50_memory_aware.yaml")
+    totals = []
+    for arguments in ([recipe], [str(nano)], [recipe, "model.decoder.ff_dim=64"]):
+        assert main(["config", "show", *arguments, "--params", "--json"]) == 0
+        costs = json.loads(capsys.readouterr().out)
+        totals.append(costs["parameters_in_all"])
+        assert sum(sum(parts.values()) for parts in costs["parameters"].values()) == totals[-1]
+    # Two layers each of encoder and decoder, three matrices of width 64.
+    assert totals[0] == totals[1] == totals[2] + 4 * 3 * 64 * 64
+    assert main(["config", "show", recipe, "--params"]) == 0
+    text = capsys.readouterr().out
+    assert f"{totals[0]:,}" in text and "decode state" in text
+
+
+def test_costs_need_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches costs of defaults that nobody asked for, and --json that is silently ignored."""
+    recipe = tmp_path / "10_x.yaml"
+    recipe.write_text("stage: sft\ntrain: {steps: 3}\n", encoding="utf-8")
+    assert main(["config", "show", str(recipe), "--params"]) == 2
+    assert "there is no 'model'" in capsys.readouterr().err
+    assert main(["config", "show", str(recipe), "--json"]) == 2
+    assert "--params" in capsys.readouterr().err

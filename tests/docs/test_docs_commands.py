@@ -29,6 +29,7 @@ from rxlm.evaluation.perplexity import PerplexitySettings
 from rxlm.evaluation.recall_plan import RecallSettings
 from rxlm.rxt.models import RxTAlpha
 from rxlm.tokenization import TokenizerTraining, train_tokenizer
+from rxlm.training.described_model import described_model
 from rxlm.training.objectives.curriculum import Phase
 from rxlm.training.objectives.memory_aware import MemoryAwareSettings
 from rxlm.training.recipes import STAGES, MemoryAwareRecipe, read_folder, read_recipe
@@ -210,7 +211,9 @@ def check_overrides(names: list[str], values: dict[str, Any]) -> None:
     """Raise if the settings of a command line are none of the recipe's or the test's."""
     overrides = list(values.get("overrides") or [])
     recipe = values.get("recipe") or values.get("recipes") or values.get("path")
-    if recipe is not None and (ROOT / recipe).is_file():
+    if recipe is not None and values.get("params"):
+        described_model(ROOT / recipe, overrides)
+    elif recipe is not None and (ROOT / recipe).is_file():
         read_recipe(ROOT / recipe, overrides)
     elif recipe is not None and (ROOT / recipe).is_dir():
         read_folder(ROOT / recipe, overrides)

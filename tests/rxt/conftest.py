@@ -47,9 +47,10 @@ def make_model(tiny_tokenizer: Tokenizer) -> Callable[..., RxTAlpha]:
         }
         shared = {name: component[name] for name in SIZES}
         attention = {**shared, "att_type": "mha", "interlayer_att_type": "mha", **memory}
+        encoder = {name: v for name, v in component.items() if "final_stateless" not in name}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = RxTAlpha(component, component, attention, tokenizer=tokenizer)
+            model = RxTAlpha(component, encoder, attention, tokenizer=tokenizer)
             # Sharper scores than at initialisation: near ties would make tests depend on rounding.
             model.decoder.head_weight.data.mul_(4.0)
         model.decoder.head_bias.data[tokenizer.eos_id] = eos_bias

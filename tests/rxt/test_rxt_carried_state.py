@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from rxlm.errors import UserError
+from rxlm.nn.expert_routing import record_routing
 from rxlm.nn.linear_attention import LinearSelfAttention
 from rxlm.nn.recurrent_cache import CarriedState
+from rxlm.nn.turn_layout import TurnLayout
 from rxlm.ops.sampling import GREEDY
 from rxlm.rxt.components import MemoryReading, RxTDecoder, RxTEncoder
 from rxlm.rxt.config import RxTComponentConfig
@@ -38,6 +40,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "linear_attn_use_short_conv": True,
     },
     "no slots": {**MD_GDN, "skip_memory_cross_attention": True},
+    "stateless": {
+        **MD_GDN, "stateless_layers_config": ["dense"], "dense_layer_dim": 12, "num_experts": 3,
+        "final_stateless_layers_config": ["moe"],
+    },
 }  # fmt: skip
 COMPONENT: dict[str, Any] = {
     "num_layers": 2, "embed_dim": 16, "att_heads": 4, "stm_size": 3, "vocab_size": 30,
@@ -165,6 +171,18 @@ def test_a_batch_with_padding_and_pieces_is_each_row_alone(layout: dict[str, Any
     assert together.started.tolist() == [True] * 3
 
 
+def test_experts_count_the_real_tokens_of_turns_in_order() -> None:
+    """Catches padding of chunks or of turns in the statistics of experts."""
+    decoder = decoder_of(**LAYOUTS["stateless"], use_moe=True)
+    lengths = torch.tensor([[5, 20], [17, 0]])
+    layout = TurnLayout.of_lengths(lengths)
+    ids = torch.randint(0, 29, layout.mask.shape)
+    with torch.no_grad(), record_routing() as record:
+        decoder.forward_turns(ids, layout)
+    # Two layers that carry a state and the one behind them.
+    assert [int(layer.tokens) for layer in record.layers()] == [int(lengths.sum())] * 3
+
+
 def test_a_row_without_a_token_carries_what_it_had() -> None:
     """Catches a state that is mixed with the memory although nothing was said."""
     decoder = decoder_of(**MD_GDN)
@@ -194,6 +212,7 @@ def test_the_shape_is_that_of_the_layers_that_carry() -> None:
     """Catches softmax layers counted, and head widths other than those of the layers."""
     assert decoder_of(**LAYOUTS["hybrid"], linear_attn_heads=2).carried_shape == (1, 2, 8, 8)
     assert decoder_of(**MD_GDN, linear_attn_expand_v=2.0).carried_shape == (2, 4, 4, 8)
+    assert decoder_of(**LAYOUTS["stateless"]).carried_shape == (2, 4, 4, 4)
     plain = decoder_of()
     assert plain.carried_shape is None and plain.nothing_carried(3) is None
     assert not plain.carries_state

@@ -51,6 +51,24 @@ def component_fields(draw: st.DrawFn) -> dict[str, Any]:
     }
     if fields["self_att_type"] == "hybrid":
         fields["attn_layer_types"] = [draw(st.sampled_from(KINDS)) for _ in range(num_layers)]
+    kinds = st.sampled_from(["dense", "moe"])
+    for prefix in ("", "final_"):
+        if draw(st.booleans()):
+            layers = draw(st.lists(kinds, min_size=1, max_size=2))
+            fields[f"{prefix}stateless_layers_config"] = layers
+            if fields["self_att_type"] == "hybrid":
+                types = [draw(st.sampled_from(KINDS)) for _ in layers]
+                fields[f"{prefix}stateless_attn_layer_types"] = types
+    fields |= {
+        "use_moe": draw(st.booleans()),
+        "dense_layer_dim": 12,
+        "num_experts": 4,
+        "moe_top_k": draw(st.integers(1, 4)),
+        "num_shared_experts": draw(st.integers(0, 2)),
+        "moe_bias_mode": draw(st.sampled_from(["global", "local", "off"])),
+        "moe_balance": draw(st.sampled_from(["loss", "bias"])),
+        "use_vectorized_moe": draw(st.booleans()),
+    }
     for name in (
         "use_gated", "use_rms_norm", "use_head_norm", "tie_embeddings", "use_qk_norm",
         "use_attention_output_bias", "use_gated_attention", "skip_memory_cross_attention",
@@ -77,6 +95,8 @@ def decoder_of(**fields: Any) -> RxTDecoder:
 
 def encoder_of(**fields: Any) -> RxTEncoder:
     torch.manual_seed(0)
+    for name in ("final_stateless_layers_config", "final_stateless_attn_layer_types"):
+        fields.pop(name, None)
     encoder = randomized(RxTEncoder({**COMPONENT, **fields}))
     assert isinstance(encoder, RxTEncoder)
     return encoder
@@ -158,9 +178,12 @@ def test_encoding_a_padded_batch_equals_each_row_alone(
         )
     x = encoder.embedding(rows[0])[None] * 4.0
     phases = encoder._phases(torch.arange(lengths[0]))
-    for index, layer in enumerate(encoder.layers):
+    initial = len(fields.get("stateless_layers_config") or ())
+    assert len(encoder.all_layers) == initial + fields["num_layers"]
+    for index, layer in enumerate(encoder.all_layers, -initial):
         x, _ = layer(x, mask=None, phases=phases)
-        torch.testing.assert_close(x[0], states[index, 0, mask[0]], atol=1e-5, rtol=1e-5)
+        if index >= 0:
+            torch.testing.assert_close(x[0], states[index, 0, mask[0]], atol=1e-5, rtol=1e-5)
 
 
 def influence(module: nn.Module, run: Any) -> Tensor:
@@ -229,6 +252,33 @@ def test_every_visible_slot_of_every_layer_is_read() -> None:
     assert torch.equal(read, slot_mask.expand(3, 2, 5))
     alone, _ = decoder(ids[:1], memory=decoder.read_memory(slots[:, :1, [0, 2, 3]]))
     torch.testing.assert_close(hidden[:1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_stateless_layers_stand_where_they_should() -> None:
+    """Catches a stateless layer that reads memory, one in the wrong place, and slots that a
+    memory layer reads of another layer because of those before it."""
+    decoder = decoder_of(
+        stateless_layers_config=["dense", "moe"],
+        final_stateless_layers_config=["moe"],
+        dense_layer_dim=12,
+        num_experts=3,
+    )
+    ids, slots = torch.randint(0, 29, (2, 4)), torch.randn(2, 2, 3, 16)
+    names = [name for name, _ in decoder.named_parameters() if "cross_attention" in name]
+    assert names and all(name.startswith("layers.") for name in names)
+    reading = decoder.read_memory(slots)
+    hidden, cache = decoder(ids, memory=reading)
+    assert len(cache.layers) == 5
+    x = decoder._embed(ids)
+    phases = decoder._phases(torch.arange(4))
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    for layer in decoder.initial_layers:
+        x, _ = layer(x, mask=mask, phases=phases)
+    for layer, memory in zip(decoder.layers, reading.layers, strict=True):
+        x, _ = layer(x, mask=mask, phases=phases, memory=memory)
+    for layer in decoder.final_layers:
+        x, _ = layer(x, mask=mask, phases=phases)
+    torch.testing.assert_close(hidden, decoder.head_norm(x), atol=1e-5, rtol=1e-5)
 
 
 def test_a_cache_is_a_value() -> None:
@@ -356,8 +406,8 @@ def test_parameter_counts() -> None:
         (RxTDecoder, {"self_att_type": "dma"}, "'mha'|'gqa'|'mqa'|'sqa'|'local'"),
         (RxTEncoder, {"self_att_type": "hybrid", "attn_layer_types": ["gma", "mha"]},
          "'mha'|'gqa'|'mqa'|'sqa'|'local'|'gla'"),
-        (RxTEncoder, {"use_moe": True}, "use_moe=False"),
-        (RxTDecoder, {"stateless_layers_config": ["dense"]}, "stateless_layers_config=None"),
+        (RxTEncoder, {"final_stateless_layers_config": ["dense"]},
+         "encoder.final_stateless_layers_config=None"),
         (RxTEncoder, {"legacy_stm_in_encoder": True}, "legacy_stm_in_encoder=False"),
         (RxTDecoder, {"att_dropuot": 0.1}, "did you mean 'att_dropout'"),
         (build_memory_attention, {"att_type": "gma"}, "'mha'|'gqa'|'mqa'|'sqa'"),

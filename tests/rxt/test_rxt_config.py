@@ -47,6 +47,7 @@ COMPONENT_DEFAULTS: dict[str, Any] = {
     "router_dtype": "float32", "use_vectorized_moe": True, "vectorized_moe_from_legacy": False,
     "moe_grouped_gemm": True, "moe_use_cutlass_grouped_gemm": True, "moe_bias_mode": "global",
     "moe_shared_experts_bias_mode": "local", "moe_use_weighted_shared_experts": False,
+    "moe_balance": "loss",
     "legacy_stm_in_encoder": False,
     # Names of the linear-attention page that the reference dropped.
     "use_linear_self_attn": False, "linear_attn_type": "gla", "att_experts": None,
@@ -311,11 +312,6 @@ def test_component_errors_name_the_remedy(fields: dict[str, Any], remedy: str) -
             {"num_layers": 2, "self_att_type": "hybrid", "attn_layer_types": ["dma", "md_gdn"]},
             ["attn_layer_types with 'dma':"],
         ),
-        ({"use_moe": True, "num_experts": 4}, ["num_experts=4"]),
-        (
-            {"stateless_layers_config": ["dense"], "final_stateless_layers_config": ["moe"]},
-            ["stateless_layers_config=['dense']", "final_stateless_layers_config=['moe']"],
-        ),
         ({"legacy_stm_in_encoder": True}, ["legacy_stm_in_encoder=True"]),
     ],
 )
@@ -337,6 +333,12 @@ def test_unbuilt_parts_validate_and_are_named(fields: dict[str, Any], names: lis
         {"use_head_norm": True, "head_norm_type": "rms_norm", "tie_embeddings": True},
         {"skip_memory_cross_attention": True},
         {"use_linear_self_attn": True, "linear_attn_expand_k": 1.0, "use_nope": True},
+        {"use_moe": True, "num_experts": 4, "moe_top_k": 2, "num_shared_experts": 2,
+         "shared_expert_dim": 64, "router_amp": True, "router_dtype": "bfloat16",
+         "moe_grouped_gemm": False, "moe_bias_mode": "local", "moe_balance": "bias",
+         "moe_shared_experts_bias_mode": "off", "moe_use_weighted_shared_experts": True},
+        {"stateless_layers_config": ["dense", "moe"], "final_stateless_layers_config": ["moe"],
+         "num_experts": 4, "dense_layer_dim": 64, "use_vectorized_moe": False},
         {"use_linear_self_attn": True, "linear_attn_type": "kda", "linear_attn_mode": "fused",
          "linear_attn_use_short_conv": True, "linear_attn_conv_size": 3,
          "linear_attn_use_gate": False, "linear_attn_heads": 4, "linear_attn_expand_v": 2.0},
@@ -504,10 +506,49 @@ def test_check_compatible_reports_every_size_at_once() -> None:
 
 def test_model_names_the_part_with_an_unbuilt_feature() -> None:
     """Catches a report that does not say whether decoder or encoder is meant."""
-    config = model_config(encoder={"use_moe": True})
+    config = model_config(encoder={"self_att_type": "gma"})
     assert [text.split(":")[0] for text in config.unsupported_features()] == ["encoder"]
-    with pytest.raises(UserError, match="encoder: use_moe=True"):
+    with pytest.raises(UserError, match="encoder: self_att_type='gma'"):
         config.require_supported()
+
+
+def test_layers_behind_an_encoders_memory_are_refused() -> None:
+    """Catches layers that cost parameters and time and whose output nothing reads."""
+    with pytest.raises(UserError, match=r"encoder\.final_stateless_layers_config=None"):
+        RxTConfig.parse(
+            {
+                "decoder": {"final_stateless_layers_config": ["dense"]},
+                "encoder": {"final_stateless_layers_config": ["dense"]},
+                "memory_attention": {},
+            }
+        )
+
+
+def test_layer_plans() -> None:
+    """Catches a stateless layer with the feed-forward network of another kind or stack, and one
+    whose attention is taken from the wrong list."""
+    config = RxTComponentConfig(
+        num_layers=2,
+        ff_dim=8,
+        dense_layer_dim=30,
+        use_moe=True,
+        num_experts=3,
+        stateless_layers_config=["dense", "moe"],
+        final_stateless_layers_config=["moe"],
+        self_att_type="hybrid",
+        attn_layer_types=["mha", "kda"],
+        stateless_attn_layer_types=["gqa", "mqa"],
+        final_stateless_attn_layer_types=["sqa"],
+    )
+    assert config.layer_plans == (
+        ("initial", ("gqa", False, 30)),
+        ("initial", ("mqa", True, 8)),
+        ("memory", ("mha", True, 8)),
+        ("memory", ("kda", True, 8)),
+        ("final", ("sqa", True, 8)),
+    )
+    dense = RxTComponentConfig(num_layers=1, ff_dim=8)
+    assert dense.layer_plans == (("memory", ("sqa", False, 8)),)
 
 
 @settings(max_examples=40, deadline=None)

@@ -55,7 +55,9 @@ def test_a_loaded_model_is_the_saved_one(
     make_model: ModelBuilder, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     """Catches weights that are rounded, left at their initial values, or of another type."""
-    model = make_model(eos_bias=4.0).to(dtype)
+    experts = {"use_moe": True, "num_experts": 3, "moe_balance": "bias"}
+    around = {"stateless_layers_config": ["dense"], "final_stateless_layers_config": ["moe"]}
+    model = make_model(eos_bias=4.0, **experts, **around).to(dtype)
     model.save_pretrained(tmp_path)
     loaded = RxTAlpha.from_pretrained(tmp_path)
     ours, theirs = model.state_dict(), loaded.state_dict()

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rxlm.configuration import Config
 from rxlm.data.conversation_source import ConversationSource
+from rxlm.nn.expert_routing import record_routing
 from rxlm.rxt.dialogues import (
     DialogueBatch,
     TurnEncoder,
@@ -36,6 +37,7 @@ from rxlm.rxt.reactive import ReactiveModel
 from rxlm.rxt.unroll import Answers, EncodedTurns, answer_rows, answer_with_history, encode_turns
 from rxlm.tokenization.template import EncodedTurn
 from rxlm.training.objective import StepOutput
+from rxlm.training.objectives.expert_balance import with_balance
 from rxlm.training.objectives.masked_lm import MaskReplacement, MLMHead, TokenMasker
 from rxlm.training.objectives.model_objective import ModelObjective
 from rxlm.training.objectives.row_windows import TextRows, batch_windows, conversation_rows
@@ -66,6 +68,8 @@ class JointLMSettings(Config):
     """Weight of the encoder's masked LM loss."""
     decoder_loss_scale: float = Field(default=1.0, ge=0)
     """Weight of the decoder's LM loss."""
+    moe_aux_loss_scale: float = Field(default=0.01, ge=0)
+    """Weight of what keeps experts evenly used, if the model has experts."""
     num_buckets: int = Field(default=3, gt=0)
     """Length buckets of a batch: less padding, same result."""
     validation_dialogues: int = Field(default=64, gt=0)
@@ -222,7 +226,8 @@ class JointLMObjective(ModelObjective):
         Of a part: what it contributes to that of the whole, so that the parts' losses, weighted by
         their targets, make it up.
         """
-        mlm, lm = self._scores(batch)
+        with record_routing() as routing:
+            mlm, lm = self._scores(batch)
         num_targets, whole = mlm.num_targets + lm.num_targets, batch.whole
         if whole is None:
             total = self._total(mlm, lm)
@@ -235,7 +240,8 @@ class JointLMObjective(ModelObjective):
             for kind in ("loss", "accuracy")
         }
         num_tokens = batch.dialogues.num_tokens
-        return StepOutput(total, num_targets, _metrics(mlm, lm), num_tokens, weights)
+        total, experts = with_balance(total, routing, self.settings.moe_aux_loss_scale)
+        return StepOutput(total, num_targets, {**_metrics(mlm, lm), **experts}, num_tokens, weights)
 
     def _total(
         self, mlm: Score, lm: Score, num_hidden: int | None = None, num_predicted: int | None = None

@@ -16,11 +16,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rxlm.configuration import Config
 from rxlm.data.conversation_source import ConversationSource
 from rxlm.data.conversations import Conversation
+from rxlm.nn.expert_routing import record_routing
 from rxlm.rxt.dialogues import (
     GROUPS,
     DialogueBatch,
@@ -41,6 +43,7 @@ from rxlm.rxt.unroll import (
 )
 from rxlm.training.objective import StepOutput
 from rxlm.training.objectives.curriculum import Curriculum, Phase
+from rxlm.training.objectives.expert_balance import with_balance
 from rxlm.training.objectives.model_objective import ModelObjective
 
 
@@ -61,6 +64,8 @@ class MemoryAwareSettings(Config):
     chat_answers: float = 0.2
     """Share of the turns without a question whose answers are predicted. The rest is only
     written: most of the signal is in the questions. Data without questions predicts all."""
+    moe_aux_loss_scale: float = Field(default=0.01, ge=0)
+    """Weight of what keeps experts evenly used, if the model has experts."""
     num_buckets: int = 3
     """Length buckets of a batch: less padding, same result."""
     validation_dialogues: int = 64
@@ -154,7 +159,8 @@ class MemoryAwareObjective(ModelObjective):
     def loss(self, batch: DialogueBatch, step: int) -> StepOutput:
         """Return the mean cross-entropy over target tokens."""
         _, phase = self.curriculum.phase(step)
-        answers = self._answers(batch, phase)
+        with record_routing() as routing:
+            answers = self._answers(batch, phase)
         if not answers:
             # Small talk only, none of it drawn: nothing to learn, but a graph to go backward in.
             nothing = self.model.encoder.embedding.weight.sum() * 0.0
@@ -170,6 +176,8 @@ class MemoryAwareObjective(ModelObjective):
             metrics["accuracy"] = exact[asked].float().mean() if num_asked else math.nan
             metrics["perplexity"] = loss.detach().exp()
         weights = {"accuracy": num_asked}
+        loss, experts = with_balance(loss, routing, self.settings.moe_aux_loss_scale)
+        metrics.update(experts)
         return StepOutput(loss, labels.numel(), metrics, batch.num_tokens, weights)
 
     def _answers(self, batch: DialogueBatch, phase: Phase) -> list[Answers]:

@@ -41,6 +41,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "linear_attn_type": "md_gdn",
         "skip_memory_cross_attention": True,
     },
+    "experts and stateless layers": {
+        "use_linear_self_attn": True,
+        "linear_attn_type": "md_gdn",
+        "use_moe": True,
+        "num_experts": 3,
+        "moe_top_k": 2,
+        "shared_expert_dim": 8,
+        "stateless_layers_config": ["moe"],
+        "final_stateless_layers_config": ["dense"],
+        "dense_layer_dim": 12,
+    },
 }
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
@@ -178,6 +189,8 @@ def test_the_gradient_of_the_last_answer_reaches_turn_one(
                 train=source,
                 backprop_turns=backprop_turns,
                 num_buckets=1,
+                # The balance of experts looks at the tokens of all turns, the first included.
+                moe_aux_loss_scale=0.0,
             )
             batch = objective.batch(0, 0)
             last = tuple(
