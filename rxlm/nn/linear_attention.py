@@ -172,17 +172,19 @@ class LinearSelfAttention(nn.Module):
     def initialize_copy_path(self, output_scale: float = 1.0) -> None:
         """Make the state hold tokens as they are, and the output what is read of it.
 
-        Values start as the hidden states (of the first channels, if they are narrower), the
-        convolution of values as none, the output as the identity times ``output_scale``. As with
+        Values start as the hidden states (of the first channels if they are narrower, repeated if
+        they are wider, so that each head can hold them), the convolution of values as none, the
+        output as the mean of those copies times ``output_scale``. As with
         slots (:func:`rxlm.nn.attention.initialize_copy_path`), what was written can then be said
         again from the start, and training finds out early *which* token to look for.
 
         Args:
             output_scale: factor on the path, usually ``(2 * num_layers) ** -0.5``.
         """
-        width = self._widths[-1]
-        nn.init.eye_(self.query_key_value.weight[-width:])
-        nn.init.eye_(self.output.weight).mul_(output_scale)
+        width, dim = self._widths[-1], self.settings.dim
+        copies = torch.eye(dim).repeat(-(-width // dim), 1)[:width]
+        self.query_key_value.weight[-width:] = copies
+        self.output.weight.copy_(copies.T * (output_scale * min(1.0, dim / width)))
         if self.settings.conv_size is not None:
             of_values = self.short_convolution.weight[-width:]
             of_values.zero_()
