@@ -263,3 +263,22 @@ def test_a_carried_state_is_a_value() -> None:
     assert fresh.started.tolist() == [True, False, False]
     assert state.states[:, 2].any() and state.started.tolist() == [True, False, True]
     assert torch.equal(state.layer(1).state, state.states[1])
+
+
+@pytest.mark.parametrize(("value_dim", "kept"), [(4, 12), (8, 24), (16, 24), (12, 24)])
+def test_the_copy_path_says_again_what_was_written(value_dim: int, kept: int) -> None:
+    """Catches a path that does not begin as the identity, a head without copies (it would never
+    learn: zero times zero), and a convolution that mixes neighbours into values."""
+    layer = LinearSelfAttention(LinearAttentionSettings("kda", 24, 3, 8, value_dim))
+    layer.initialize_copy_path(0.5)
+    width = 3 * value_dim
+    value = layer.query_key_value.weight[-width:]
+    path = layer.output.weight @ value
+    expected = torch.zeros(24)
+    expected[:kept] = 0.5
+    if width > 24:  # Channels are copied once or twice.
+        expected *= torch.bincount(torch.arange(width) % 24) * 24 / width
+    torch.testing.assert_close(path, torch.diag(expected))
+    assert value.abs().sum(1).min() == 1
+    assert torch.equal(layer.short_convolution.weight[-width:].sum(1), torch.ones(width))
+    assert torch.equal(layer.short_convolution.weight[-width:, -1], torch.ones(width))
