@@ -29,6 +29,11 @@ LayerKind = Literal[
     "mha", "gqa", "mqa", "sqa", "gma", "dma", "local",
     "gla", "deltanet", "gated_deltanet", "kda", "md_gdn",
 ]  # fmt: skip
+# One flat list: of a union, a message would name only the last member's choices.
+SelfAttentionKind = Literal[
+    "mha", "gqa", "mqa", "sqa", "gma", "dma", "local",
+    "gla", "deltanet", "gated_deltanet", "kda", "md_gdn", "hybrid",
+]  # fmt: skip
 StatelessLayerKind = Literal["dense", "moe"]
 MoeBiasMode = Literal["global", "local", "off"]
 Balance = Literal["loss", "bias", "both"]
@@ -96,7 +101,7 @@ class ComponentFields(Config):
     head_norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
     """Norm before the output layer, if `use_head_norm`."""
 
-    self_att_type: LayerKind | Literal["hybrid"] = "sqa"
+    self_att_type: SelfAttentionKind = "sqa"
     """Type of self-attention; `hybrid` takes one name a layer from `attn_layer_types`. A linear
     type named here does what `use_linear_self_attn` does with it in `linear_attn_type`."""
     att_groups: PositiveInt = 1

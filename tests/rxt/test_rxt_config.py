@@ -637,3 +637,9 @@ def test_one_line_makes_self_attention_linear(kind: str) -> None:
     assert short.self_attention_heads(0) == long.self_attention_heads(0)
     short.require_supported()
     assert not short.ignored_fields()
+
+
+def test_a_misspelt_self_attention_names_all_types() -> None:
+    """Catches a message that lists only some of the choices."""
+    with pytest.raises(UserError, match=r"'mha'.*'md_gdn'.*'hybrid'"):
+        RxTComponentConfig.parse({"self_att_type": "kdaa"})
