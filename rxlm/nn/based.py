@@ -31,7 +31,7 @@ from rxlm.nn.feature_map_attention import (
     FeatureMapAttention,
     FeatureMapSettings,
 )
-from rxlm.nn.linear_attention import Mode
+from rxlm.nn.linear_settings import Mode
 from rxlm.nn.short_conv import RealTokensFirst, ShortConvolution
 from rxlm.nn.window_attention import WindowAttention
 

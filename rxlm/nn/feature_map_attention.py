@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rxlm.errors import UserError
-from rxlm.nn.linear_attention import FORMS, Mode
+from rxlm.nn.linear_settings import FORMS, Mode
 from rxlm.nn.short_conv import RealTokensFirst, ShortConvolution
 from rxlm.ops.feature_map_attention import DEFAULT_EPS, FeatureMapState, feature_map_attention
 from rxlm.ops.feature_maps import get_feature_map

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rxlm.errors import UserError
-from rxlm.nn.linear_attention import LinearAttentionSettings
+from rxlm.nn.linear_settings import LinearAttentionSettings
 
 _PARTS = ("q", "k", "v")
 _RENAMED = {

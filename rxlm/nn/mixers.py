@@ -26,7 +26,8 @@ from rxlm.errors import UserError
 from rxlm.nn.attention import Attention, AttentionSettings, KeyValue
 from rxlm.nn.based import BasedMixer, BasedSettings, GatedConvolution
 from rxlm.nn.feature_map_attention import TAYLOR_DIM, FeatureMapAttention, FeatureMapSettings
-from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention, Mode
+from rxlm.nn.linear_attention import LinearSelfAttention
+from rxlm.nn.linear_settings import LinearAttentionSettings, Mode
 from rxlm.nn.window_attention import WindowAttention
 from rxlm.ops.alibi import alibi_bias
 from rxlm.ops.attention import attend, visible_keys

@@ -38,8 +38,7 @@ _SOFTMAX_FIELDS = (
     "head_dim", "att_dropout", "use_nope", "rope_base", "use_attention_output_bias", "use_qk_norm",
 )  # fmt: skip
 _CROSS_FIELDS = (
-    "cross_att_type", "cross_att_groups", "cross_att_query_groups", "copy_path_init",
-    "use_gated_cross_attention",
+    "cross_att_type", "cross_att_groups", "cross_att_query_groups", "use_gated_cross_attention",
 )  # fmt: skip
 
 
@@ -146,6 +145,7 @@ def ignored_fields(config: ComponentFields) -> list[str]:
     unless(bool(kinds & {"gma", "dma"}), "att_experts", "att_query_experts")
     unless(bool(attentions - set(LINEAR_KINDS)), *_SOFTMAX_FIELDS)
     unless(cross, *_CROSS_FIELDS)
+    unless(cross or MEMORY_DRIVEN_KIND in config.layer_types, "copy_path_init")
     unless(cross_fields.kind in KINDS_WITH_GROUPS, "cross_att_groups")
     unless(cross_fields.kind in KINDS_WITH_QUERY_GROUPS, "cross_att_query_groups")
     unless(softmax or fallback_gate, "use_gated_attention")

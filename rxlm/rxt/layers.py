@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from rxlm.nn.attention import Attention, AttentionSettings, KeyValue, initialize_copy_path
 from rxlm.nn.feed_forward import FeedForward
-from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
+from rxlm.nn.linear_attention import LinearSelfAttention
+from rxlm.nn.linear_settings import LinearAttentionSettings
 from rxlm.nn.local_cache import LocalCache, attend_locally
 from rxlm.nn.memory_driven import MemoryCondition
 from rxlm.nn.moe import MixtureOfExperts, MoeSettings
@@ -66,7 +67,14 @@ class ReactiveLayer(nn.Module):
         self.norm_self = _norm(config)
         self.self_attention: Attention | LinearSelfAttention = (
             LinearSelfAttention(
-                _linear_settings(config, plan.attention, bidirectional, reads_memory)
+                _linear_settings(
+                    config,
+                    plan.attention,
+                    bidirectional=bidirectional,
+                    reads_memory=reads_memory,
+                    # A decoder's layers without memory, and an encoder's, know one turn only.
+                    may_carry=stack == "memory" and not bidirectional,
+                )
             )
             if plan.attention in LINEAR_KINDS
             else Attention(_self_attention_settings(config, plan.attention))
@@ -111,19 +119,22 @@ class ReactiveLayer(nn.Module):
                 nn.init.constant_(
                     attention.gate.bias, HALF_OPEN[attention.settings.gate_activation]
                 )
-            if isinstance(attention, LinearSelfAttention) and attention.settings.memory_fusion:
-                attention.memory_fusion.initialize()
-                if config.copy_path_init:
-                    # The state that it carries is a memory, too. Output gates start half open.
-                    attention.initialize_copy_path(
-                        2 * scale if config.linear_attn_use_gate else scale
-                    )
+            if isinstance(attention, LinearSelfAttention):
+                self._initialize_linear(attention, scale, config.copy_path_init)
         if isinstance(self.feed_forward, MixtureOfExperts):
             self.feed_forward.initialize(scale)
         else:
             self.feed_forward.down.weight.data.mul_(scale)
         if self.reads_memory and config.copy_path_init:
             initialize_copy_path(self.cross_attention, scale)
+
+    @staticmethod
+    def _initialize_linear(attention: LinearSelfAttention, scale: float, copies: bool) -> None:
+        if attention.settings.memory_fusion is not None:
+            attention.memory_fusion.initialize()
+        if attention.settings.carried and copies:
+            # The state that it carries is a memory, too. Output gates start half open.
+            attention.initialize_copy_path((2 if attention.settings.gated else 1) * scale)
 
     def _attentions(self) -> list[Attention | LinearSelfAttention]:
         both = [self.self_attention]
@@ -146,12 +157,9 @@ class ReactiveLayer(nn.Module):
             None unless self-attention is MD-GDN's.
         """
         attention = self.self_attention
-        if (
-            not isinstance(attention, LinearSelfAttention)
-            or attention.settings.memory_fusion is None
-        ):
-            return None
-        return attention.memory_fusion(self.norm_slots(slots), slot_mask)
+        if isinstance(attention, LinearSelfAttention) and attention.settings.memory_fusion:
+            return attention.memory_fusion(self.norm_slots(slots), slot_mask)
+        return None
 
     def forward(
         self,
@@ -333,7 +341,12 @@ def _self_attention_settings(config: RxTComponentConfig, kind: str) -> Attention
 
 
 def _linear_settings(
-    config: RxTComponentConfig, kind: str, bidirectional: bool, reads_memory: bool
+    config: RxTComponentConfig,
+    kind: str,
+    *,
+    bidirectional: bool,
+    reads_memory: bool,
+    may_carry: bool,
 ) -> LinearAttentionSettings:
     widths = config.linear_head_widths(kind)
     memory_driven = kind == MEMORY_DRIVEN_KIND
@@ -350,6 +363,7 @@ def _linear_settings(
         norm_eps=config.linear_attn_norm_eps,
         # Without a memory to read, md_gdn is KDA (in both directions in the encoder).
         memory_fusion=config.memory_fusion_mode if memory_driven and reads_memory else None,
+        carried=memory_driven and may_carry,
     )
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rxlm.errors import UserError
 from rxlm.nn.fla_weights import from_fla
-from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
+from rxlm.nn.linear_attention import LinearSelfAttention
+from rxlm.nn.linear_settings import LinearAttentionSettings
 
 MECHANISMS = ("gla", "deltanet", "gated_deltanet", "kda")
 SIZES: dict[str, Any] = {"dim": 12, "num_heads": 2, "key_dim": 3, "value_dim": 5}

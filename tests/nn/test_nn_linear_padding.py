@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rxlm.errors import UserError
-from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
+from rxlm.nn.linear_attention import LinearSelfAttention
+from rxlm.nn.linear_settings import LinearAttentionSettings
 from rxlm.nn.recurrent_cache import RecurrentCache
 
 MECHANISMS = ("gla", "deltanet", "gated_deltanet", "kda")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rxlm.errors import UserError
-from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
+from rxlm.nn.linear_attention import LinearSelfAttention
+from rxlm.nn.linear_settings import LinearAttentionSettings
 from rxlm.nn.memory_driven import INITIAL_WRITE_LOGIT, MemoryFusion
 from rxlm.nn.recurrent_cache import CarriedLayer, CarriedState
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rxlm.errors import UserError
-from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
+from rxlm.nn.linear_attention import LinearSelfAttention
+from rxlm.nn.linear_settings import LinearAttentionSettings
 from rxlm.nn.recurrent_cache import CarriedLayer
 from rxlm.nn.turn_layout import CHUNK_SIZE, TurnLayout
 

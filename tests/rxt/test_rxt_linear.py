@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rxlm.nn.attention import KeyValue
-from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
+from rxlm.nn.linear_attention import LinearSelfAttention
+from rxlm.nn.linear_settings import LinearAttentionSettings
 from rxlm.nn.recurrent_cache import RecurrentCache
 from rxlm.ops.sampling import GREEDY
 from rxlm.rxt.components import RxTDecoder, RxTEncoder

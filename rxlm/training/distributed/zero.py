@@ -208,13 +208,7 @@ class ZeRO(Strategy):
 
     def _flat_state(self) -> list[dict[str, Tensor]]:
         """Return AdamW's state of each of DeepSpeed's flat pieces of this process."""
-        zero = self._engine.optimizer
-        flat = (
-            zero.fp32_partitioned_groups_flat
-            if self._stage == 3
-            else zero.single_partition_of_fp32_groups
-        )
-        return [self.optimizer.state[piece] for piece in flat]
+        return [self.optimizer.state[piece] for piece in self._flat_pieces()]
 
     def _make_optimizer_state(self) -> None:
         """Make AdamW's state now, as its first step would: a resumed run fills it in."""

@@ -14,7 +14,8 @@ from torch import Tensor
 import rxlm.rxt.components
 import rxlm.rxt.unroll
 from rxlm.errors import UserError
-from rxlm.nn.linear_attention import LinearAttentionSettings, LinearSelfAttention
+from rxlm.nn.linear_attention import LinearSelfAttention
+from rxlm.nn.linear_settings import LinearAttentionSettings
 from rxlm.rxt.layers import ReactiveLayer
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.training.objectives.curriculum import Phase
