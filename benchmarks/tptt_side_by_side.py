@@ -4,8 +4,8 @@ Prints a table of errors and, with ``--out``, writes it. tptt is not a dependenc
 it was put into. It imports peft, psutil and jinja2, which its layers do not use; empty modules
 stand in for those that are missing.
 
-    pip install --no-deps --target /tmp/tptt tptt==0.12.1
-    python benchmarks/tptt_side_by_side.py --tptt /tmp/tptt --out docs/benchmarks
+    pip install --no-deps --target runs/tptt tptt==0.12.1
+    python benchmarks/tptt_side_by_side.py --tptt runs/tptt --out docs/benchmarks
 
 Needs transformers (imported by tptt) and einops.
 """

@@ -116,7 +116,8 @@ def bars(run: Path) -> Table:
             if (found := matching(rows, distance=distance))
         }
         shown = ", ".join(f"{distance}: {percent(mean)}" for distance, mean in means.items())
-        enough = len(means) == len(distances) and min(means.values()) >= bar.least
+        complete = bool(means) and len(means) == len(distances)
+        enough = complete and min(means.values()) >= bar.least
         body.append((f"{bar.text} >= {bar.least:.0%}", f"{shown} %", "yes" if enough else "NO"))
     minutes = training_minutes(run)
     met = "yes" if minutes <= MAXIMUM_MINUTES else "NO"

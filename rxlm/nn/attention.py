@@ -103,7 +103,13 @@ class Attention(nn.Module):
         return KeyValue(key, self.value(source).view(shape))
 
     def forward(
-        self, x: Tensor, key_value: KeyValue, mask: Tensor | None, phases: Tensor | None
+        self,
+        x: Tensor,
+        key_value: KeyValue,
+        mask: Tensor | None,
+        phases: Tensor | None,
+        *,
+        causal: bool = False,
     ) -> Tensor:
         """Attend from ``x`` to projected keys and values.
 
@@ -112,13 +118,15 @@ class Attention(nn.Module):
             key_value: from :meth:`project`.
             mask: bool, broadcastable to ``[B, H, T, P]``, True = visible; None = all visible.
             phases: rotary phases of the T query positions; ignored when queries do not rotate.
+            causal: in place of a mask, where keys and queries are of the same tokens.
 
         Returns:
             ``[B, T, D]``.
         """
         dropout = self.settings.dropout if self.training else 0.0
         query = self.project_queries(x, phases)
-        return self.combine(attend(query, key_value.key, key_value.value, mask, dropout=dropout), x)
+        heads = attend(query, key_value.key, key_value.value, mask, causal=causal, dropout=dropout)
+        return self.combine(heads, x)
 
     def project_queries(self, x: Tensor, phases: Tensor | None) -> Tensor:
         """Return the queries ``[B, T, H, K]`` of ``x`` ``[B, T, D]``, normed and rotated."""

@@ -173,16 +173,14 @@ class SoftmaxMixer(nn.Module):
         if cache is not None:
             present = cache.key_value.append(present)
             all_keys = torch.cat((cache.key_mask, new_mask), dim=1)
-        # Without padding anywhere the kernels' own causal mask would do; one path serves all.
-        mask = visible_keys(
-            None if key_mask is None and cache is None else all_keys,
-            x.shape[1],
-            all_keys.shape[1],
-            causal=True,
-            device=x.device,
-        )
+        # Without padding and past the kernels know what a token sees: no T x T tensor is needed.
+        causal = key_mask is None and cache is None and not self.alibi
+        mask = None
+        if not causal:
+            num_keys = all_keys.shape[1]
+            mask = visible_keys(all_keys, x.shape[1], num_keys, causal=True, device=x.device)
         lengths = start + counts[:, -1] if x.shape[1] else start
-        y = self._attend(x, present, mask, phases, all_keys)
+        y = self._attend(x, present, mask, phases, all_keys, causal)
         return y, SoftmaxCache(present, all_keys, lengths)
 
     def _attend(
@@ -192,9 +190,10 @@ class SoftmaxMixer(nn.Module):
         mask: Tensor | None,
         phases: Tensor | None,
         all_keys: Tensor,
+        causal: bool,
     ) -> Tensor:
         if not self.alibi:
-            return self.attention(x, present, mask, phases)
+            return self.attention(x, present, mask, phases, causal=causal)
         settings = self.attention.settings
         query = self.attention.project_queries(x, phases)
         positions = all_keys.long().cumsum(dim=1)

@@ -46,6 +46,7 @@ def attend(
     value: Tensor,
     mask: Tensor | None = None,
     *,
+    causal: bool = False,
     bias: Tensor | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
@@ -58,6 +59,8 @@ def attend(
             "reverse" heads: queries are repeated).
         value: ``[B, P, G, K]``.
         mask: bool, broadcastable to ``[B, H, T, P]``, True where the key is visible.
+        causal: in place of a mask and a bias, for T = P: a query sees the keys up to its own place.
+            The kernels then need no T x P tensor.
         bias: added to the scores, broadcastable to ``[B, H, T, P]``, in the dtype of ``query``.
         dropout: probability of dropping an attention weight.
         scale: factor on the scores; default ``K**-0.5``.
@@ -68,6 +71,7 @@ def attend(
     Raises:
         ValueError: if the head counts do not divide each other.
     """
+    assert not causal or (mask is None and bias is None and query.shape[1] == key.shape[1])
     num_query_heads, num_key_heads = query.shape[2], key.shape[2]
     if num_query_heads < num_key_heads:
         if num_key_heads % num_query_heads:
@@ -88,6 +92,7 @@ def attend(
         key.transpose(1, 2),
         value.transpose(1, 2),
         attn_mask=mask,
+        is_causal=causal,
         dropout_p=dropout,
         scale=scale,
         enable_gqa=query.shape[2] != num_key_heads,

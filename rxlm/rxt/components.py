@@ -1,4 +1,4 @@
-"""The encoder, the decoder and the memory attention of a Reactive Transformer.
+"""The encoder and the decoder of a Reactive Transformer.
 
 What they are *not*: generation, conversation, files. See :mod:`rxlm.rxt.models`.
 
@@ -7,20 +7,14 @@ Shapes: B batch, T tokens, P past and present tokens, L layers, S slots, D width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from rxlm.errors import UserError
-from rxlm.memory.attention import HeadSettings, MemoryAttention, MemorySettings
-from rxlm.memory.gates import GateSettings
-from rxlm.nn.attention import KeyValue
 from rxlm.nn.checkpointing import recompute
-from rxlm.nn.local_cache import LocalCache
-from rxlm.nn.memory_driven import MemoryCondition
 from rxlm.nn.recurrent_cache import CarriedLayer, CarriedState, RecurrentCache
 from rxlm.nn.turn_layout import TurnLayout
 from rxlm.ops.attention import visible_keys
@@ -28,54 +22,12 @@ from rxlm.ops.rotary import rotary_phases, token_positions
 from rxlm.rxt.attention_heads import LINEAR_KINDS, LOCAL_KIND, MEMORY_DRIVEN_KIND
 from rxlm.rxt.component_fields import Stack
 from rxlm.rxt.component_rules import encoder_problems
-from rxlm.rxt.config import HeadCounts, MemoryAttentionConfig, RxTComponentConfig
+from rxlm.rxt.config import RxTComponentConfig
 from rxlm.rxt.conversation import check_carried
+from rxlm.rxt.decode_values import DecodeCache, MemoryReading
 from rxlm.rxt.layers import LayerCache, ReactiveLayer
 
 Kept = TypeVar("Kept")
-
-
-class MemoryReading(NamedTuple):
-    """A memory, projected for every decoder layer once per turn.
-
-    ``layers``: one :class:`KeyValue` a layer, ``[B, S, G, K]``; ``mask``: bool ``[B, 1, 1, S]``
-    or None when every slot is visible; ``conditions``: what MD-GDN takes from the memory, one a
-    layer, None for layers of other types.
-    """
-
-    layers: tuple[KeyValue, ...]
-    mask: Tensor | None = None
-    conditions: tuple[MemoryCondition | None, ...] = ()
-
-
-class DecodeCache(NamedTuple):
-    """What decoding has seen of the current turn, as a value.
-
-    ``layers``: what each layer keeps, :class:`KeyValue` ``[B, P, G, K]``,
-    :class:`~rxlm.nn.local_cache.LocalCache` or :class:`~rxlm.nn.recurrent_cache.RecurrentCache`;
-    ``key_mask``: bool ``[B, P]``, True at real tokens (P = 0 if no layer keeps all keys: then
-    nothing here grows); ``lengths``: int ``[B]``, real tokens so far (the next position of each
-    row).
-    """
-
-    layers: tuple[LayerCache, ...]
-    key_mask: Tensor
-    lengths: Tensor
-
-    def select(self, rows: Sequence[int] | Tensor) -> DecodeCache:
-        """Return the batch's ``rows``, in that order; a row may be repeated."""
-        index = torch.as_tensor(rows, dtype=torch.long, device=self.lengths.device)
-        return DecodeCache(
-            tuple(_rows_of(layer, index) for layer in self.layers),
-            self.key_mask.index_select(0, index),
-            self.lengths.index_select(0, index),
-        )
-
-
-def _rows_of(layer: LayerCache, index: Tensor) -> LayerCache:
-    if isinstance(layer, LocalCache | RecurrentCache):
-        return layer.select(index)
-    return KeyValue(*(part.index_select(0, index) for part in layer))
 
 
 class _Component(nn.Module):
@@ -426,45 +378,3 @@ class RxTDecoder(_Component):
         """Score the vocabulary: ``[..., D]`` to ``[..., V]``."""
         weight = self.embedding.weight if self.config.tie_embeddings else self.head_weight
         return nn.functional.linear(hidden, weight, self.head_bias)
-
-
-def build_memory_attention(config: MemoryAttentionConfig | dict[str, Any]) -> MemoryAttention:
-    """Build the memory attention that a configuration describes."""
-    config = MemoryAttentionConfig.parse(config)
-    config.require_supported()
-
-    def heads(counts: HeadCounts, dropout: float) -> HeadSettings:
-        return HeadSettings(counts.query, counts.key_value, config.head_dim_resolved, dropout)
-
-    gate = GateSettings(
-        enabled=config.use_gated_residual,
-        gate_type=config.residual_gate_type,
-        per_slot=config.residual_per_slot_gate,
-        init=config.residual_gate_init,
-        tanh=config.use_tanh_residual_gate,
-    )
-    replaces = config.variant == "simple" and config.disable_residual
-    return MemoryAttention(
-        MemorySettings(
-            num_layers=config.num_layers,
-            num_slots=config.stm_size,
-            dim=config.embed_dim,
-            variant=config.variant,
-            write_heads=heads(config.write_heads, config.att_dropout),
-            mix_heads=heads(config.mix_heads, config.mix_dropout),
-            gate=replace(gate, residual=not replaces),
-            mix_gate=replace(gate, enabled=config.mix_is_gated),
-            norm_type=config.norm_type,
-            norm_init_gate=config.norm_init_gate,
-            norm_per_dim_scale=config.norm_per_dim_scale,
-            norm_decay=config.norm_decay,
-            num_groups=config.num_groups,
-            init_type=config.init_type,
-            init_std=config.init_std,
-            slot_identity=config.use_slot_identity,
-            copy_path_init=config.copy_path_init,
-            write_sharpness=config.write_sharpness,
-            rope_base=config.rope_base,
-            eps=config.norm_eps,
-        )
-    )

@@ -18,8 +18,8 @@ from rxlm.errors import UserError
 from rxlm.nn.evaluation_mode import evaluation_mode
 from rxlm.ops.padding import check_ids, padded
 from rxlm.ops.sampling import SamplingSettings, sample, uniform_draw
-from rxlm.rxt.components import DecodeCache, MemoryReading
 from rxlm.rxt.conversation import ConversationState
+from rxlm.rxt.decode_values import DecodeCache, MemoryReading
 from rxlm.rxt.model import RxTNetwork
 
 StopReason = Literal["eos", "length", "stopped"]

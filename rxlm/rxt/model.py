@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rxlm.rxt.components import RxTDecoder, RxTEncoder, build_memory_attention
+from rxlm.rxt.components import RxTDecoder, RxTEncoder
 from rxlm.rxt.config import RxTConfig
+from rxlm.rxt.memory_building import build_memory_attention
 
 
 class RxTNetwork(nn.Module):

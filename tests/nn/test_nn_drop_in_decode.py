@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rxlm.errors import UserError
-from rxlm.nn.drop_in.layer import DeltaRuleCache, LinearAttention
+from rxlm.nn.drop_in.delta_rule import DeltaRuleCache
+from rxlm.nn.drop_in.layer import LinearAttention
 from rxlm.nn.drop_in.masks import real_tokens
 from rxlm.nn.drop_in.operator_modes import OPERATOR_MODES
 

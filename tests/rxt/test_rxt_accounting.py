@@ -20,7 +20,9 @@ from rxlm.rxt.accounting import (
     write_operations,
 )
 from rxlm.rxt.attention_heads import LINEAR_KINDS
-from rxlm.rxt.components import DecodeCache, RxTDecoder, RxTEncoder, build_memory_attention
+from rxlm.rxt.components import RxTDecoder, RxTEncoder
+from rxlm.rxt.decode_values import DecodeCache
+from rxlm.rxt.memory_building import build_memory_attention
 from rxlm.rxt.model import RxTNetwork
 
 SIZES: dict[str, Any] = {"num_layers": 2, "embed_dim": 32, "att_heads": 4, "stm_size": 6}

@@ -21,9 +21,10 @@ from rxlm.nn.linear_attention import LinearSelfAttention
 from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.nn.turn_layout import TurnLayout
 from rxlm.ops.sampling import GREEDY
-from rxlm.rxt.components import MemoryReading, RxTDecoder, RxTEncoder
+from rxlm.rxt.components import RxTDecoder, RxTEncoder
 from rxlm.rxt.config import RxTComponentConfig
 from rxlm.rxt.conversation import ConversationState, check_carried
+from rxlm.rxt.decode_values import MemoryReading
 from rxlm.rxt.models import RxTAlpha
 from rxlm.rxt.session import Session
 
@@ -411,3 +412,23 @@ def test_formats_of_session_files(
     version(tmp_path / "carrying", new=3)
     with pytest.raises(UserError, match="reads 1 and 2"):
         Session.load(tmp_path / "carrying", model)
+
+
+def test_only_a_carried_state_starts_slow_and_as_a_copy() -> None:
+    """Catches a start that hangs on the slots: without them the state is carried just the same, and
+    an encoder or a layer without memory carries nothing."""
+    for fields, carried in (({}, True), ({"skip_memory_cross_attention": True}, True)):
+        decoder = decoder_of(**{**LAYOUTS["no slots"], **fields})
+        attention = decoder.layers[0].self_attention
+        assert attention.settings.carried is carried
+        assert torch.nn.functional.softplus(attention.gates.dt_bias).max() < 2e-3
+        value = attention.query_key_value.weight[-attention.output.in_features :]
+        assert torch.equal(value, torch.eye(*value.shape))
+    stateless = decoder_of(
+        self_att_type="hybrid",
+        attn_layer_types=["mha", "mha"],
+        stateless_layers_config=["dense"],
+        stateless_attn_layer_types=["md_gdn"],
+    )
+    assert not stateless.carries_state
+    assert not stateless.initial_layers[0].self_attention.settings.carried

@@ -16,14 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rxlm.errors import UserError
-from rxlm.rxt.components import (
-    DecodeCache,
-    MemoryReading,
-    RxTDecoder,
-    RxTEncoder,
-    build_memory_attention,
-)
+from rxlm.rxt.components import RxTDecoder, RxTEncoder
 from rxlm.rxt.config import RxTConfig
+from rxlm.rxt.decode_values import DecodeCache, MemoryReading
+from rxlm.rxt.memory_building import build_memory_attention
 from rxlm.rxt.model import RxTNetwork
 
 KINDS = ("mha", "gqa", "mqa", "sqa")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rxlm.errors import UserError
-from rxlm.nn.drop_in.layer import DeltaRuleCache, DeltaRuleMixer
+from rxlm.nn.drop_in.delta_rule import DeltaRuleCache, DeltaRuleMixer
 from rxlm.nn.drop_in.masks import real_tokens
 from rxlm.nn.drop_in.memory_gate import GateMode, MemoryAsGate, mix
 from rxlm.nn.drop_in.operator_modes import recurrent_settings

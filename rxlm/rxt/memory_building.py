@@ -1,0 +1,52 @@
+"""From a configuration to the memory attention that it describes (``rxlm.memory`` knows no RxT)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from rxlm.memory.attention import HeadSettings, MemoryAttention, MemorySettings
+from rxlm.memory.gates import GateSettings
+from rxlm.rxt.config import HeadCounts, MemoryAttentionConfig
+
+
+def build_memory_attention(config: MemoryAttentionConfig | dict[str, Any]) -> MemoryAttention:
+    """Build the memory attention that a configuration describes."""
+    config = MemoryAttentionConfig.parse(config)
+    config.require_supported()
+
+    def heads(counts: HeadCounts, dropout: float) -> HeadSettings:
+        return HeadSettings(counts.query, counts.key_value, config.head_dim_resolved, dropout)
+
+    gate = GateSettings(
+        enabled=config.use_gated_residual,
+        gate_type=config.residual_gate_type,
+        per_slot=config.residual_per_slot_gate,
+        init=config.residual_gate_init,
+        tanh=config.use_tanh_residual_gate,
+    )
+    replaces = config.variant == "simple" and config.disable_residual
+    return MemoryAttention(
+        MemorySettings(
+            num_layers=config.num_layers,
+            num_slots=config.stm_size,
+            dim=config.embed_dim,
+            variant=config.variant,
+            write_heads=heads(config.write_heads, config.att_dropout),
+            mix_heads=heads(config.mix_heads, config.mix_dropout),
+            gate=replace(gate, residual=not replaces),
+            mix_gate=replace(gate, enabled=config.mix_is_gated),
+            norm_type=config.norm_type,
+            norm_init_gate=config.norm_init_gate,
+            norm_per_dim_scale=config.norm_per_dim_scale,
+            norm_decay=config.norm_decay,
+            num_groups=config.num_groups,
+            init_type=config.init_type,
+            init_std=config.init_std,
+            slot_identity=config.use_slot_identity,
+            copy_path_init=config.copy_path_init,
+            write_sharpness=config.write_sharpness,
+            rope_base=config.rope_base,
+            eps=config.norm_eps,
+        )
+    )
