@@ -417,10 +417,9 @@ def test_formats_of_session_files(
 def test_only_a_carried_state_starts_slow_and_as_a_copy() -> None:
     """Catches a start that hangs on the slots: without them the state is carried just the same, and
     an encoder or a layer without memory carries nothing."""
-    for fields, carried in (({}, True), ({"skip_memory_cross_attention": True}, True)):
-        decoder = decoder_of(**{**LAYOUTS["no slots"], **fields})
-        attention = decoder.layers[0].self_attention
-        assert attention.settings.carried is carried
+    for layout in ("add", "no slots"):
+        attention = decoder_of(**LAYOUTS[layout]).layers[0].self_attention
+        assert attention.settings.carried
         assert torch.nn.functional.softplus(attention.gates.dt_bias).max() < 2e-3
         value = attention.query_key_value.weight[-attention.output.in_features :]
         assert torch.equal(value, torch.eye(*value.shape))
