@@ -168,6 +168,9 @@ class ComponentFields(Config):
     """Total value width of linear attention as a factor of `embed_dim`."""
     linear_attn_heads: PositiveInt | None = None
     """Number of heads of linear attention; unset: `att_heads`."""
+    linear_attn_key_dim: PositiveInt | None = None
+    """Key width of one head of `kda` and `md_gdn`; unset: `embed_dim` / heads. Wider keys hold more
+    facts apart."""
     linear_attn_use_short_conv: bool = True
     """Whether linear attention convolves queries, keys and values over a few tokens first, as it
     was published; the reference leaves it out by default."""
@@ -316,9 +319,10 @@ class ComponentFields(Config):
     def linear_head_widths(self, kind: str) -> HeadWidths:
         """Return K and V of one head of linear self-attention of type ``kind``."""
         heads = self.self_head_fields(kind).heads
-        expand_k = 1.0 if kind in KINDS_OF_FULL_KEY_WIDTH else self.linear_attn_expand_k
+        full = kind in KINDS_OF_FULL_KEY_WIDTH
+        key_width = round(self.embed_dim * (1.0 if full else self.linear_attn_expand_k)) // heads
         return HeadWidths(
-            round(self.embed_dim * expand_k) // heads,
+            self.linear_attn_key_dim if full and self.linear_attn_key_dim else key_width,
             round(self.embed_dim * self.linear_attn_expand_v) // heads,
         )
 

@@ -155,6 +155,7 @@ def ignored_fields(config: ComponentFields) -> list[str]:
     unless(config.use_linear_self_attn, "linear_attn_type")
     unless(bool(linear), *_LINEAR_FIELDS)
     unless(bool(linear - set(KINDS_OF_FULL_KEY_WIDTH)), "linear_attn_expand_k")
+    unless(bool(linear & set(KINDS_OF_FULL_KEY_WIDTH)), "linear_attn_key_dim")
     unless(bool(linear) and config.linear_attn_use_short_conv, "linear_attn_conv_size")
     unless(cross and MEMORY_DRIVEN_KIND in kinds, "memory_fusion_mode")
     unless("dense" in feed_forwards, "dense_layer_dim")
@@ -260,7 +261,8 @@ def _linear_problems(config: ComponentFields) -> list[str]:
     if linear - set(KINDS_OF_FULL_KEY_WIDTH):
         factors["linear_attn_expand_k"] = config.linear_attn_expand_k
     problems = []
-    if linear & set(KINDS_OF_FULL_KEY_WIDTH):  # Their key width is embed_dim / heads.
+    # Their key width is embed_dim / heads, if it is not given.
+    if linear & set(KINDS_OF_FULL_KEY_WIDTH) and not config.linear_attn_key_dim:
         problems += width_problems(
             config.embed_dim, heads, rotary=False, nope_field=None, heads_field=name
         )

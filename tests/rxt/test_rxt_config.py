@@ -41,7 +41,7 @@ COMPONENT_DEFAULTS: dict[str, Any] = {
     "linear_attn_expand_k": 0.5, "linear_attn_expand_v": 1.0, "linear_attn_use_short_conv": True,
     "linear_attn_conv_size": 4, "linear_attn_use_gate": True, "linear_attn_norm_eps": 1e-5,
     "memory_fusion_mode": "add",
-    "linear_attn_heads": None, "stateless_layers_config": None,
+    "linear_attn_heads": None, "linear_attn_key_dim": None, "stateless_layers_config": None,
     "final_stateless_layers_config": None, "use_moe": False, "num_experts": 1, "moe_top_k": 1,
     "num_shared_experts": 1, "shared_expert_dim": None, "router_amp": False,
     "router_dtype": "float32", "use_vectorized_moe": True, "vectorized_moe_from_legacy": False,
@@ -341,7 +341,8 @@ def test_unbuilt_parts_validate_and_are_named(fields: dict[str, Any], names: lis
          "num_experts": 4, "dense_layer_dim": 64, "use_vectorized_moe": False},
         {"use_linear_self_attn": True, "linear_attn_type": "kda", "linear_attn_mode": "fused",
          "linear_attn_use_short_conv": True, "linear_attn_conv_size": 3,
-         "linear_attn_use_gate": False, "linear_attn_heads": 4, "linear_attn_expand_v": 2.0},
+         "linear_attn_use_gate": False, "linear_attn_heads": 4, "linear_attn_expand_v": 2.0,
+         "linear_attn_key_dim": 24},
     ],
 )  # fmt: skip
 def test_built_parts_are_supported_and_read(fields: dict[str, Any]) -> None:

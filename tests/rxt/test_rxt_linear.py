@@ -110,6 +110,8 @@ def test_every_field_arrives() -> None:
     wide, narrow = attentions(mixed)
     assert (wide.mechanism, wide.key_dim, wide.value_dim) == ("kda", 4, 4)
     assert (narrow.mechanism, narrow.key_dim, narrow.value_dim) == ("gla", 2, 4)
+    keys = attentions(decoder_of(**LAYOUTS["kda"], linear_attn_key_dim=6))[0]
+    assert (keys.key_dim, keys.value_dim) == (6, 4)
     without = decoder_of(**LAYOUTS["gla"], linear_attn_use_short_conv=False)
     assert attentions(without)[0].conv_size is None
 
