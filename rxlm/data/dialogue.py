@@ -28,7 +28,6 @@ from rxlm.data.facts import (
 ItemType = TypeVar("ItemType")
 
 PREFIX_SHARE = 0.25
-ECHO_SHARE = 0.5
 FIXED_CHAT_SHARE = 0.5
 ONSETS = (*"bdfghjklmnprstvwz", "br", "dr", "gr", "kl", "pl", "st", "tr", "sh")
 VOWELS = tuple("aeiou")
@@ -60,6 +59,17 @@ def shuffled(rng: random.Random, items: Iterable[ItemType]) -> list[ItemType]:
 def capitalised(text: str) -> str:
     """Return ``text`` with its first letter in upper case, the others as they are."""
     return text[0].upper() + text[1:]
+
+
+def acknowledgement(wording: int, echo: str) -> str:
+    """Return what is answered to the ``wording``-th way to tell something: half of them an echo.
+
+    It follows from the wording, so that it can be learned: an answer drawn at random is noise in
+    the loss, and drowns the lesson of the questions.
+    """
+    if wording % 2:
+        return echo
+    return ACKNOWLEDGEMENTS[wording // 2 % len(ACKNOWLEDGEMENTS)]
 
 
 def made_up_word(rng: random.Random, kind: FactKind) -> str:
@@ -154,25 +164,19 @@ class Dialogue:
 
     def tell(self, kind: FactKind, value: str, statements: Sequence[str] | None = None) -> None:
         """Add a turn that tells one fact (worded by ``statements`` if given)."""
-        rng = self.rng
-        text = pick(rng, statements or kind.statements[:-1]).replace("{}", value)
-        text = self._prefixed(text, STATEMENT_PREFIXES)
-        if rng.random() < ECHO_SHARE:
-            answer = kind.echo.replace("{}", value)
-        else:
-            answer = pick(rng, ACKNOWLEDGEMENTS)
+        wording = pick(self.rng, statements or kind.statements[:-1])
+        text = self._prefixed(wording.replace("{}", value), STATEMENT_PREFIXES)
+        echo = kind.echo.replace("{}", value)
+        answer = acknowledgement(kind.statements.index(wording), echo)
         self.add(Interaction(text, answer, "fact", kind.name, value, told=((kind.name, value),)))
 
     def tell_two(self, first: FactKind, value: str, second: FactKind, other: str) -> None:
         """Add a turn that tells two facts in one sentence."""
-        rng = self.rng
         text = f"{first.clause.replace('{}', value)} and {second.clause.replace('{}', other)}."
-        if rng.random() < ECHO_SHARE:
-            known = first.answer.replace("{}", value).removesuffix(".")
-            also = second.answer.replace("{}", other).removesuffix(".")
-            answer = f"{known} and {also[0].lower()}{also[1:]}, noted."
-        else:
-            answer = pick(rng, ACKNOWLEDGEMENTS)
+        known = first.answer.replace("{}", value).removesuffix(".")
+        also = second.answer.replace("{}", other).removesuffix(".")
+        echo = f"{known} and {also[0].lower()}{also[1:]}, noted."
+        answer = acknowledgement(FACT_KINDS.index(first), echo)
         told = ((first.name, value), (second.name, other))
         self.add(Interaction(capitalised(text), answer, "fact", first.name, value, told=told))
 
@@ -194,11 +198,10 @@ class Dialogue:
     def update(self, kind: FactKind, value: str) -> None:
         """Add a turn that changes a fact told earlier to ``value``."""
         before = self.told[kind.name]
-        text = capitalised(pick(self.rng, kind.updates).replace("{}", value))
-        if self.rng.random() < ECHO_SHARE:
-            answer = kind.answer.replace("{}", value).removesuffix(".") + " now, noted."
-        else:
-            answer = pick(self.rng, ACKNOWLEDGEMENTS)
+        wording = pick(self.rng, kind.updates)
+        text = capitalised(wording.replace("{}", value))
+        echo = kind.answer.replace("{}", value).removesuffix(".") + " now, noted."
+        answer = acknowledgement(kind.updates.index(wording), echo)
         stale = (*before.stale, before.value)
         told = ((kind.name, value),)
         self.add(Interaction(text, answer, "update", kind.name, value, stale, told=told))
