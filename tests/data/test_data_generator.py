@@ -85,8 +85,6 @@ def test_the_answer_to_a_told_fact_follows_from_its_wording() -> None:
                 wording = capitalised(wording.removeprefix(prefix))
             said = turn.answer.replace(value, "{}")
             answers.setdefault(f"{turn.kind} {wording}", set()).add(said)
-                turn.answer.replace(value, "{}")
-            )
     assert len(answers) > 50
     assert all(len(given) == 1 for given in answers.values()), answers
     echoes = sum("{}" in answer for given in answers.values() for answer in given)
