@@ -289,6 +289,8 @@ class BatchModel(BatchTextModel):
             self._batch_prompts(ids, mask, limits)
             for ids, mask in zip(all_ids, all_masks, strict=True)
         ]
+        if not turns:
+            raise UserError("input_ids holds no turns (N = 0): give at least one.")
         rows: list[list[int]] = []
         for prompts in turns:
             turn = batch.begin(prompts, settings, limits, seeds=seeds)

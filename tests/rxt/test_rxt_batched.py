@@ -350,6 +350,8 @@ def test_a_turn_that_cannot_be_answered_stops_the_turns_before_it(model: RxTAlph
         model.batch_interactions(**model.tokenize_dialogues(dialogues, max_seq_len=1000))
     with pytest.raises(UserError, match="no row has a query"):
         model.batch_interactions(**model.tokenize_dialogues([["Hello", None], [None], [None]]))
+    with pytest.raises(UserError, match="no turns"):
+        model.batch_interactions(torch.zeros(0, 3, 4, dtype=torch.long))
     assert model.export_conversation() is before
 
 
