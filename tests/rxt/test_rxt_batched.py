@@ -139,7 +139,7 @@ def test_a_row_is_a_single_conversation(model: RxTAlpha, memory_update: Any) -> 
 def test_other_neighbours_change_no_sample(model: RxTAlpha) -> None:
     """Catches one generator shared by the rows: its draws depend on who else is there."""
     start = model.export_conversation()
-    first = [step[1] for step in talk(model, ["Hello", TEXTS[1], None], **DRAWN) if step[1] > 0]
+    first = [step[1] for step in talk(model, [None, TEXTS[1], "Hello"], **DRAWN) if step[1] > 0]
     model.load_stm_state(start)
     options = {**DRAWN, "temperature": [2.0, 1.3, 0.0]}
     again = [step[1] for step in talk(model, TEXTS, **options) if step[1] > 0]
