@@ -96,6 +96,19 @@ class ConversationState:
         """Return every conversation ``times`` times, copies beside each other."""
         return self.select([row for row in range(self.batch_size) for _ in range(times)])
 
+    def with_rows(self, rows: Sequence[int], others: ConversationState) -> ConversationState:
+        """Return this value with its conversations ``rows`` exchanged for those of ``others``.
+
+        The other conversations keep their values bit for bit (on the device and in the dtype of
+        ``others``). Row ``rows[i]`` becomes conversation ``i`` of ``others``.
+        """
+        assert len(rows) == others.batch_size == len(set(rows)), "one conversation for each row"
+        source = list(range(self.batch_size))
+        for place, row in enumerate(rows):
+            source[row] = self.batch_size + place
+        here = self.to(others.slots.device, others.slots.dtype)
+        return ConversationState.stack([here, others]).select(source)
+
     def replaced(
         self,
         *,

@@ -8,7 +8,7 @@ Shapes: B conversations, T tokens of the longest prompt, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ class AnswerStream:
         network: RxTNetwork,
         state: ConversationState,
         prompts: Sequence[Sequence[int]],
-        settings: SamplingSettings,
+        settings: SamplingSettings | Sequence[SamplingSettings],
         limits: AnswerLimits = AnswerLimits(),  # noqa: B008 (an immutable value)
     ) -> None:
         """Check the prompts; nothing is computed yet.
@@ -72,19 +72,19 @@ class AnswerStream:
             network: the model.
             state: one conversation a prompt; left unchanged.
             prompts: the ids of each row's query, ``[BOS] [Q] query``; [A] is added if missing.
-            settings: how tokens are chosen.
+            settings: how tokens are chosen, for all rows or one a row.
             limits: where answers are cut.
 
         Raises:
-            UserError: if the numbers of prompts and conversations differ, or a prompt is empty,
-                holds ids outside the vocabulary, or leaves no room for an answer.
+            UserError: if the numbers of prompts, settings and conversations differ, or a prompt is
+                empty, holds ids outside the vocabulary, or leaves no room for an answer.
         """
         if len(prompts) != state.batch_size:
             raise UserError(
                 f"{len(prompts)} prompts for {state.batch_size} conversations: give one each."
             )
         self.network = network
-        self.settings = settings
+        self._settings_groups = rows_by_settings(settings, len(prompts))
         ids = network.config.tokenizer
         self._eos_id, self._pad_id = ids.eos_token_id, ids.pad_token_id
         self._prompts = [with_answer_token(prompt, ids.answer_token_id) for prompt in prompts]
@@ -112,9 +112,17 @@ class AnswerStream:
         """Number of tokens chosen so far, over all rows, [EOS] included."""
         return sum(self._draws) - sum(self._start.draws)
 
-    def stop(self) -> None:
-        """End every answer that has not ended; iteration then ends."""
-        self._reasons = [reason or "stopped" for reason in self._reasons]
+    @property
+    def ended(self) -> tuple[bool, ...]:
+        """Which answers have ended, one value a row."""
+        return tuple(reason is not None for reason in self._reasons)
+
+    def stop(self, rows: Collection[int] | None = None) -> None:
+        """End the answers of ``rows`` (None: all) that have not ended; the others go on."""
+        self._reasons = [
+            reason or ("stopped" if rows is None or row in rows else None)
+            for row, reason in enumerate(self._reasons)
+        ]
 
     def answers(self) -> list[Answer]:
         """Return the answers as they are; those that have not ended count as 'stopped'."""
@@ -189,16 +197,49 @@ class AnswerStream:
 
     @torch.no_grad()
     def _choose(self, logits: Tensor) -> list[int]:
+        if len(self._settings_groups) == 1:
+            ((settings, rows),) = self._settings_groups.items()
+            return self._choose_alike(logits, settings, rows)
+        chosen = [self._pad_id for _ in range(len(logits))]
+        for settings, rows in self._settings_groups.items():
+            index = torch.tensor(rows, device=logits.device)
+            alike = self._choose_alike(logits.index_select(0, index), settings, rows)
+            for row, token in zip(rows, alike, strict=True):
+                chosen[row] = token
+        return chosen
+
+    def _choose_alike(
+        self, logits: Tensor, settings: SamplingSettings, rows: list[int]
+    ) -> list[int]:
+        """Choose a token for each of ``rows``, which share their settings."""
         uniforms = None
-        if self.settings.temperature > 0:
-            uniforms = [
-                uniform_draw(seed, index)
-                for seed, index in zip(self._start.seeds, self._draws, strict=True)
-            ]
+        if settings.temperature > 0:
+            uniforms = [uniform_draw(self._start.seeds[row], self._draws[row]) for row in rows]
         previous = None
-        if self.settings.repetition_penalty != 1.0:
-            previous = padded(self._answers, -1)[0].to(logits.device)
-        return sample(logits, self.settings, uniforms, previous).tolist()
+        if settings.repetition_penalty != 1.0:
+            previous = padded([self._answers[row] for row in rows], -1)[0].to(logits.device)
+        return sample(logits, settings, uniforms, previous).tolist()
+
+
+def rows_by_settings(
+    settings: SamplingSettings | Sequence[SamplingSettings], batch_size: int
+) -> dict[SamplingSettings, list[int]]:
+    """Return which of the rows share which settings.
+
+    Raises:
+        UserError: if there are several settings, but not one a row.
+    """
+    if isinstance(settings, SamplingSettings):
+        return {settings: list(range(batch_size))}
+    if len(settings) != batch_size:
+        raise UserError(
+            f"{len(settings)} sampling settings for {batch_size} conversations: give one for all, "
+            "or one each."
+        )
+    groups: dict[SamplingSettings, list[int]] = {}
+    for row, chosen in enumerate(settings):
+        groups.setdefault(chosen, []).append(row)
+    return groups
 
 
 def turn_limit(network: RxTNetwork, max_seq_len: int | None = None) -> int:

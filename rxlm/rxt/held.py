@@ -1,9 +1,10 @@
-"""One conversation that goes on: the place where a state is replaced instead of returned.
+"""Conversations that go on: the place where a state is replaced instead of returned.
 
 A turn is begun, read token by token, and committed: its memory update runs at once or on a worker
 thread. A reader may leave at any point. Then the turn is committed (or dropped) the next time the
 conversation is used, never inside the reader's clean-up, so that an error is seen by somebody.
-Not here: what readers are shown (:mod:`rxlm.rxt.models`: ids; :mod:`rxlm.rxt.session`: events).
+Not here: what readers are shown (:mod:`rxlm.rxt.models`: ids; :mod:`rxlm.rxt.session`: events),
+and several conversations at once (:mod:`rxlm.rxt.held_batch`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from rxlm.errors import UserError
@@ -32,7 +33,22 @@ class WrittenTurn(NamedTuple):
     before: ConversationState
     after: ConversationState
     query: str
-    answer: Answer
+    answers: tuple[Answer, ...]
+    seconds: float
+
+    @property
+    def answer(self) -> Answer:
+        """The answer of a turn of one conversation."""
+        (answer,) = self.answers
+        return answer
+
+
+class RowsUpdate(NamedTuple):
+    """What a memory update gave: which conversations it wrote, their state, what was said."""
+
+    rows: tuple[int, ...]
+    state: ConversationState | None
+    answers: tuple[Answer, ...]
     seconds: float
 
 
@@ -44,14 +60,29 @@ class OpenTurn:
     stream: AnswerStream
     query: str
     on_early_stop: EarlyStop
+    rows: tuple[int, ...] = (0,)
+    """Which of the held conversations take part, one for each row of the stream."""
     left: bool = False
     """Whether the reader has left."""
+    dropped: set[int] = field(default_factory=set)
+    """Those of ``rows`` that do not enter memory, whatever was said."""
+    update: RowsUpdate | None = None
+    """Set when the update is computed, perhaps by the worker."""
     written: WrittenTurn | None = None
     """Set when the turn has entered memory."""
 
+    @property
+    def places(self) -> list[int]:
+        """The rows of the stream whose answers enter memory if the turn is over now."""
+        return [
+            place
+            for place, (row, ended) in enumerate(zip(self.rows, self.stream.ended, strict=True))
+            if row not in self.dropped and (ended or self.on_early_stop == "commit")
+        ]
 
-class HeldConversation:
-    """The current state of one conversation, and the turn that is under way.
+
+class HeldConversations:
+    """The current state of conversations, and the turn that is under way.
 
     For one thread at a time. If an update fails, its turn is kept and written at the next use.
     """
@@ -62,9 +93,10 @@ class HeldConversation:
         state: ConversationState,
         on_commit: Callable[[WrittenTurn], None] | None = None,
     ) -> None:
-        """Hold ``state`` (one conversation); ``on_commit`` is told of every written turn."""
+        """Hold ``state``; ``on_commit`` is told of every written turn."""
         self.model = model
-        self._state = check_single(state)
+        self._state = state
+        self._check(state)
         self._on_commit = on_commit
         self._open: OpenTurn | None = None
         self._update: Future[None] | None = None
@@ -79,9 +111,14 @@ class HeldConversation:
         self.settle()
         return self._state
 
+    @property
+    def batch_size(self) -> int:
+        """Number of conversations; waits for nothing."""
+        return self._state.batch_size
+
     def replace(self, state: ConversationState) -> None:
         """Go on from ``state``; a turn that is not committed is dropped."""
-        check_single(state)
+        self._check(state)
         if self._update is not None:
             # Its result is not wanted, its error neither; but it must not outlive this call.
             self._update.exception()
@@ -101,36 +138,17 @@ class HeldConversation:
         turn = self._open
         if turn is None:
             return
-        if turn.stream.done or (turn.left and turn.on_early_stop == "commit"):
+        if turn.stream.done or (turn.left and turn.places):
             self._write(turn)
             self._accept()
         elif turn.left:
             self._open = None
 
-    def begin(
-        self,
-        prompt: list[int],
-        settings: SamplingSettings,
-        limits: AnswerLimits,
-        *,
-        query: str = "",
-        on_early_stop: EarlyStop = "commit",
-        seed: int | None = None,
-    ) -> OpenTurn:
-        """Start a turn; one that is still being read ends here, as if its reader had left.
-
-        Raises:
-            UserError: if the prompt leaves no room for an answer; nothing changes then.
-        """
+    def _end_open_turn(self) -> None:
+        """Make way for a new turn: one that is still being read ends as if its reader had left."""
         if self._open is not None:
             self._open.left = True
         self.settle()
-        start = self._state
-        if seed is not None:
-            start = start.replaced(seeds=(seed,), draws=(0,))
-        stream = AnswerStream(self.model, start, [prompt], settings, limits)
-        self._open = OpenTurn(self._state, stream, query, on_early_stop)
-        return self._open
 
     @contextlib.contextmanager
     def reading(self, turn: OpenTurn) -> Iterator[None]:
@@ -148,8 +166,8 @@ class HeldConversation:
             if self._open is turn and not turn.left and not turn.stream.done:
                 self._open = None
 
-    def tokens(self, turn: OpenTurn) -> Iterator[int]:
-        """Yield the ids of the answer of ``turn``.
+    def steps(self, turn: OpenTurn) -> Iterator[list[int | None]]:
+        """Yield the steps of the answers of ``turn``.
 
         Raises:
             UserError: if the conversation went on without it: another turn has begun, or the
@@ -159,8 +177,7 @@ class HeldConversation:
             self._require_current(turn)
             step = next(turn.stream, None)
             if step is not None:
-                assert step[0] is not None, "a single conversation ends with its only row"
-                yield step[0]
+                yield step
 
     def commit(self, turn: OpenTurn) -> WrittenTurn:
         """Write a finished turn into memory and go on from there.
@@ -194,28 +211,76 @@ class HeldConversation:
     def _write(self, turn: OpenTurn) -> None:
         # Also runs on the worker: touches nothing but the turn.
         started = time.perf_counter()
-        answer = turn.stream.answers()[0]
-        after = self.model.update_memory(turn.stream.state, [answer.turn])
-        seconds = time.perf_counter() - started
-        turn.written = WrittenTurn(turn.before, after, turn.query, answer, seconds)
+        places = turn.places
+        said = turn.stream.answers()
+        answers = tuple(said[place] for place in places)
+        after = None
+        if places:
+            before = turn.stream.state
+            before = before if len(places) == before.batch_size else before.select(places)
+            after = self.model.update_memory(before, [answer.turn for answer in answers])
+        rows = tuple(turn.rows[place] for place in places)
+        turn.update = RowsUpdate(rows, after, answers, time.perf_counter() - started)
 
     def _accept(self) -> None:
-        """Go on from the open turn, which has been written."""
-        assert self._open is not None and self._open.written is not None
-        written, self._open = self._open.written, None
-        self._state = written.after
+        """Go on from the open turn, whose update is computed; other rows stay as they are now."""
+        turn, self._open = self._open, None
+        assert turn is not None and turn.update is not None, "the update is computed first"
+        rows, updated, answers, seconds = turn.update
+        if updated is not None:
+            everyone = rows == tuple(range(self._state.batch_size))
+            self._state = updated if everyone else self._state.with_rows(rows, updated)
+        turn.written = WrittenTurn(turn.before, self._state, turn.query, answers, seconds)
         if self._on_commit is not None:
-            self._on_commit(written)
+            self._on_commit(turn.written)
+
+    def _check(self, state: ConversationState) -> None:
+        """Raise ``UserError`` for a state that cannot be held here."""
 
 
-def check_single(state: ConversationState) -> ConversationState:
-    """Return ``state``; raise ``UserError`` unless it is one conversation."""
+class HeldConversation(HeldConversations):
+    """The current state of one conversation, and the turn that is under way."""
+
+    def begin(
+        self,
+        prompt: list[int],
+        settings: SamplingSettings,
+        limits: AnswerLimits,
+        *,
+        query: str = "",
+        on_early_stop: EarlyStop = "commit",
+        seed: int | None = None,
+    ) -> OpenTurn:
+        """Start a turn; one that is still being read ends here, as if its reader had left.
+
+        Raises:
+            UserError: if the prompt leaves no room for an answer; nothing changes then.
+        """
+        self._end_open_turn()
+        start = self._state
+        if seed is not None:
+            start = start.replaced(seeds=(seed,), draws=(0,))
+        stream = AnswerStream(self.model, start, [prompt], settings, limits)
+        self._open = OpenTurn(self._state, stream, query, on_early_stop)
+        return self._open
+
+    def tokens(self, turn: OpenTurn) -> Iterator[int]:
+        """Yield the ids of the answer of ``turn``; errors are those of :meth:`steps`."""
+        for (token,) in self.steps(turn):
+            assert token is not None, "a single conversation ends with its only row"
+            yield token
+
+    def _check(self, state: ConversationState) -> None:
+        check_single(state)
+
+
+def check_single(state: ConversationState) -> None:
+    """Raise ``UserError`` unless ``state`` is one conversation."""
     if state.batch_size != 1:
         raise UserError(
             f"the state holds {state.batch_size} conversations: choose one with "
-            "state.select([row]), or answer all at once with generate() and update_memory()."
+            "state.select([row]), or hold all of them with set_batch_mode(True, state=state)."
         )
-    return state
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

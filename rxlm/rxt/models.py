@@ -1,25 +1,27 @@
 """The models that users build and talk to. ``RxTAlpha`` is a Reactive Transformer.
 
 It adds to :class:`~rxlm.rxt.reactive.ReactiveModel` the conveniences: one held conversation with
-the ``interact`` protocol, text to ids and back, sessions, folders. Conversations as values
-(``new_conversation``, ``generate``, ``update_memory``) are inherited and do not touch the held one.
+the ``interact`` protocol, text to ids and back, sessions, folders. A batch of held conversations is
+in :mod:`rxlm.rxt.batched`. Conversations as values (``new_conversation``, ``generate``,
+``update_memory``) are inherited and do not touch what is held.
 
 Shapes: L layers, T tokens, S slots, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from rxlm.errors import UserError
-from rxlm.ops.padding import padded
 from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt import saving
+from rxlm.rxt.batch_rows import row_ids, single_row_ids
+from rxlm.rxt.batch_text import MEMORY_NOTES, MEMORY_UPDATE_BEGINS, MEMORY_UPDATED
+from rxlm.rxt.batched import BatchModel
 from rxlm.rxt.config import (
     MemoryAttentionConfig,
     RxTComponentConfig,
@@ -27,13 +29,20 @@ from rxlm.rxt.config import (
     RxTInterlayerMemoryAttentionConfig,
     TokenizerConfig,
 )
-from rxlm.rxt.conversation import ConversationState, check_carried, check_slots
+from rxlm.rxt.conversation import ConversationState, check_slots
 from rxlm.rxt.generation import AnswerLimits, answer_room, with_answer_token
-from rxlm.rxt.held import EarlyStop, HeldConversation, MemoryUpdate, check_choice
-from rxlm.rxt.reactive import ReactiveModel, tokenizer_config_of
+from rxlm.rxt.held import (
+    EarlyStop,
+    HeldConversation,
+    HeldConversations,
+    MemoryUpdate,
+    check_choice,
+)
+from rxlm.rxt.held_batch import checked_rows
+from rxlm.rxt.reactive import tokenizer_config_of
 from rxlm.rxt.session import Session
 from rxlm.storage.hub import local_folder
-from rxlm.tokenization import Tokenizer, encode_interaction, encode_query
+from rxlm.tokenization import Tokenizer, encode_interaction
 from rxlm.tokenization.stream import TextStream
 
 __all__ = [
@@ -47,19 +56,10 @@ __all__ = [
     "TokenizerConfig",
 ]
 
-MEMORY_UPDATE_BEGINS = -1
-"""What ``interact`` yields after the answer: the memory update begins."""
-MEMORY_UPDATED = -2
-"""What ``interact`` yields last: the memory holds the turn."""
-_NOTES = {
-    MEMORY_UPDATE_BEGINS: "\n[memory update begins]\n",
-    MEMORY_UPDATED: "[memory updated]\n",
-}
-
 ModelType = TypeVar("ModelType", bound="RxTAlpha")
 
 
-class RxTAlpha(ReactiveModel):
+class RxTAlpha(BatchModel):
     """A Reactive Transformer with one conversation held for convenience.
 
     Example::
@@ -164,8 +164,10 @@ class RxTAlpha(ReactiveModel):
             (inline) -2.
 
         Raises:
-            UserError: at once, if the query does not fit; nothing is changed.
+            UserError: at once, if the query does not fit or the model is in batch mode; nothing is
+                changed.
         """
+        self._require_single("interact")
         check_choice("memory_update", memory_update, get_args(MemoryUpdate))
         check_choice("on_early_stop", on_early_stop, get_args(EarlyStop))
         settings = SamplingSettings.parse(
@@ -179,13 +181,13 @@ class RxTAlpha(ReactiveModel):
             "interact",
         )
         prompt = with_answer_token(
-            _real_ids(input_ids, attention_mask), self.config.tokenizer.answer_token_id
+            single_row_ids(input_ids, attention_mask), self.config.tokenizer.answer_token_id
         )
         limits = AnswerLimits(max_seq_len)
         answer_room(self, prompt, limits)
 
         def answer() -> Iterator[int]:
-            held = self._conversation
+            held = self._single
             turn = held.begin(prompt, settings, limits, on_early_stop=on_early_stop, seed=seed)
             self._text = None
             with held.reading(turn):
@@ -201,7 +203,7 @@ class RxTAlpha(ReactiveModel):
         return answer()
 
     def wait_for_memory(self) -> None:
-        """Wait for the update of the held conversation; raises what the update raised."""
+        """Wait for the update of what is held; raises what the update raised."""
         self._conversation.settle()
 
     def init_stm_state(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
@@ -209,65 +211,103 @@ class RxTAlpha(ReactiveModel):
 
         Args:
             input_ids: the prompt as a whole turn, ``[1, T]``, for example from
-                :meth:`tokenize_full_interaction`.
+                :meth:`tokenize_full_interaction`. In batch mode one for all rows, or ``[B, T]``.
             attention_mask: which ids are real, same shape; None = all.
         """
-        seed = 0 if self._held is None else self._held.state.seeds[0]
-        fresh = self.new_conversation(seed=seed)
-        written = self.update_memory(fresh, [_real_ids(input_ids, attention_mask)])
+        seeds = self._conversation.state.seeds
+        if self._batch is not None and input_ids.dim() == 2 and len(input_ids) == 1:
+            turns = [single_row_ids(input_ids, attention_mask)] * len(seeds)
+        else:
+            turns = self._turns(input_ids, attention_mask)
+        fresh = ConversationState.stack([self.new_conversation(seed=seed) for seed in seeds])
+        written = self.update_memory(fresh, turns)
         self._hold(written.replaced(num_turns=fresh.num_turns))
 
     def update_stm(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Write a whole turn ``[1, T]`` into the memory of the held conversation."""
-        state = self._conversation.state
-        self._hold(self.update_memory(state, [_real_ids(input_ids, attention_mask)]))
+        """Write a whole turn ``[1, T]`` into the memory of the held conversation.
 
-    def reset_stm_state(self, seed: int = 0) -> None:
-        """Start the held conversation anew."""
-        self._hold(self.new_conversation(seed=seed))
+        In batch mode one a row, ``[B, T]``; a row without real ids stays as it is.
+        """
+        state = self._conversation.state
+        self._hold(self.update_memory(state, self._turns(input_ids, attention_mask)))
+
+    def reset_stm_state(self, seed: int = 0, rows: Sequence[int] | None = None) -> None:
+        """Start the held conversation anew.
+
+        Args:
+            seed: in batch mode row b starts as a single conversation with ``seed + b`` does.
+            rows: in batch mode: only these conversations. The others go on undisturbed, even in
+                the middle of an answer; one of ``rows`` ends there and does not enter memory.
+
+        Raises:
+            UserError: if ``rows`` are not rows of the batch, or the model is not in batch mode.
+        """
+        if rows is None:
+            self._hold(self.new_conversation(self.batch_size or 1, seed=seed))
+            return
+        batch = self._require_batch("reset_stm_state(rows=...)")
+        chosen = checked_rows(rows, batch.batch_size)
+        fresh = [self.new_conversation(seed=seed + row) for row in chosen]
+        batch.start_anew(chosen, ConversationState.stack(fresh))
 
     def export_stm_state(self) -> Tensor:
-        """Return a copy of the held memory, ``[L, 1, S, D]``; waits for its update."""
+        """Return a copy of the held memory, ``[L, B, S, D]`` (B = 1 without batch mode); waits for
+        its update."""
         return self._conversation.state.slots.detach().clone()
 
     def export_conversation(self) -> ConversationState:
-        """Return the held conversation as a value; waits for its update."""
+        """Return the held conversation (in batch mode: all of them) as a value; waits for its
+        update."""
         return self._conversation.state
 
     def load_stm_state(self, state: Tensor | ConversationState) -> None:
-        """Go on with another memory ``[L, 1, S, D]``, or with another conversation.
+        """Go on with another memory ``[L, B, S, D]``, or with another conversation.
 
-        Slots alone are half of a conversation where the decoder carries a state: it starts afresh.
+        B is 1, or in batch mode the size of the batch. Slots alone are half of a conversation where
+        the decoder carries a state: it starts afresh.
 
         Raises:
-            UserError: if the shape is not this model's, a value is not finite, or it holds more
-                than one conversation. The held conversation is unchanged then.
+            UserError: if the shape is not this model's, a value is not finite, or it holds another
+                number of conversations. What was held is unchanged then.
         """
-        slots = state.slots if isinstance(state, ConversationState) else state
-        check_slots(slots, self.memory_shape)
-        if isinstance(state, ConversationState) and state.carried is not None:
-            check_carried(state.carried, self.decoder.carried_shape, state.batch_size)
         if not isinstance(state, ConversationState):
+            check_slots(state, self.memory_shape)
             # A tensor knows no randomness: the conversation keeps its own.
-            slots = slots.detach().clone()
-            state = ConversationState.start(slots, seed=0)
-            if self._held is not None and slots.shape[1] == 1:
-                fresh = self.decoder.nothing_carried(1)
-                state = self._held.state.replaced(slots=slots, carried=fresh)
-        self._hold(state.detach().to(self.device, self.encoder.embedding.weight.dtype))
+            slots = state.detach().clone()
+            fresh = self.decoder.nothing_carried(slots.shape[1])
+            held = self._batch or self._held
+            if held is None or held.batch_size != slots.shape[1]:
+                state = ConversationState.start(slots, 0, fresh)
+            else:
+                state = held.state.replaced(slots=slots, carried=fresh)
+        self._hold(self._fitting(state))
 
     @property
-    def _conversation(self) -> HeldConversation:
+    def _conversation(self) -> HeldConversations:
+        """What the model holds now: the batch, or the single conversation."""
+        return self._single if self._batch is None else self._batch
+
+    @property
+    def _single(self) -> HeldConversation:
         # Made at first use: it starts from the weights as they are then, not as they were built.
         if self._held is None:
             self._held = HeldConversation(self, self.new_conversation())
         return self._held
 
     def _hold(self, state: ConversationState) -> None:
-        if self._held is None:
+        if self._batch is not None:
+            self._batch.replace(state)
+        elif self._held is None:
             self._held = HeldConversation(self, state)
         else:
             self._held.replace(state)
+
+    def _turns(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+        """Return the real ids of one row a held conversation."""
+        if self._batch is None:
+            return [single_row_ids(input_ids, attention_mask)]
+        pad_id = self.config.tokenizer.pad_token_id
+        return row_ids(input_ids, attention_mask, self._batch.batch_size, pad_id)
 
     def session(
         self,
@@ -290,15 +330,6 @@ class RxTAlpha(ReactiveModel):
             UserError: if it has more than ``max_seq_len`` tokens.
         """
         return self.tokenize_batch([text], max_seq_len, device)
-
-    def tokenize_batch(
-        self, texts: list[str], max_seq_len: int = 256, device: torch.device | str = "cpu"
-    ) -> dict[str, Tensor]:
-        """Return queries as right-padded ids and mask ``[B, T]``; see :meth:`tokenize_query`."""
-        tokenizer = self.require_tokenizer()
-        return self._as_tensors(
-            [encode_query(tokenizer, text) for text in texts], max_seq_len, device
-        )
 
     def tokenize_full_interaction(
         self,
@@ -324,28 +355,14 @@ class RxTAlpha(ReactiveModel):
             skip_special_tokens: whether special tokens give ''.
             show_memory_update: whether -1 and -2 give a note.
         """
-        note = _NOTES.get(token_id, "") if show_memory_update else ""
-        if token_id in _NOTES:
+        note = MEMORY_NOTES.get(token_id, "") if show_memory_update else ""
+        if token_id in MEMORY_NOTES:
             rest = "" if self._text is None else self._text.flush()
             self._text = None
             return rest + note
         if self._text is None:
             self._text = self.require_tokenizer().stream(skip_special_tokens)
         return self._text.push(token_id)
-
-    def _as_tensors(
-        self, rows: list[list[int]], max_seq_len: int, device: torch.device | str
-    ) -> dict[str, Tensor]:
-        longest = max((len(row) for row in rows), default=0)
-        if longest > max_seq_len:
-            raise UserError(
-                f"the text has {longest} tokens but max_seq_len={max_seq_len}: shorten it or "
-                "raise max_seq_len."
-            )
-        if not rows:
-            raise UserError("no texts: give at least one.")
-        ids, mask = padded(rows, self.config.tokenizer.pad_token_id)
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
     # Folders.
 
@@ -390,22 +407,3 @@ class RxTAlpha(ReactiveModel):
         return saving.push_model(
             self, repo_id, private=private, token=token, commit_message=commit_message
         )
-
-
-def _real_ids(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
-    """Return the real ids of the only row."""
-    ids = input_ids if input_ids.dim() > 1 else input_ids[None]
-    if ids.dim() != 2 or ids.shape[0] != 1:
-        raise UserError(
-            f"input_ids has shape {list(input_ids.shape)}: the held conversation takes one row "
-            "[1, T]. Answer many conversations with generate() and update_memory()."
-        )
-    if attention_mask is None:
-        return [int(token) for token in ids[0].tolist()]
-    mask = attention_mask if attention_mask.dim() > 1 else attention_mask[None]
-    if mask.shape != ids.shape:
-        raise UserError(
-            f"attention_mask has shape {list(attention_mask.shape)}, input_ids "
-            f"{list(input_ids.shape)}: they must be equal."
-        )
-    return [int(token) for token in ids[0][mask[0].bool()].tolist()]

@@ -128,7 +128,7 @@ class ReactiveModel(RxTNetwork):
         self,
         state: ConversationState,
         prompts: Sequence[Prompt],
-        settings: SamplingSettings | None = None,
+        settings: SamplingSettings | Sequence[SamplingSettings] | None = None,
         *,
         max_seq_len: int | None = None,
         max_new_tokens: int | None = None,
@@ -138,7 +138,7 @@ class ReactiveModel(RxTNetwork):
         Args:
             state: one conversation a prompt; left unchanged.
             prompts: one query a row.
-            settings: how tokens are chosen; None: temperature 1.
+            settings: how tokens are chosen, for all rows or one a row; None: temperature 1.
             max_seq_len: tokens of the whole turn; None or more: the model's ``seq_len``.
             max_new_tokens: tokens of the answer without [EOS]; None: as many as fit.
 
@@ -147,13 +147,14 @@ class ReactiveModel(RxTNetwork):
         """
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         limits = AnswerLimits(max_seq_len, max_new_tokens)
-        return AnswerStream(self, state, ids, settings or SamplingSettings(), limits)
+        chosen = SamplingSettings() if settings is None else settings
+        return AnswerStream(self, state, ids, chosen, limits)
 
     def generate(
         self,
         state: ConversationState,
         prompts: Sequence[Prompt],
-        settings: SamplingSettings | None = None,
+        settings: SamplingSettings | Sequence[SamplingSettings] | None = None,
         *,
         max_seq_len: int | None = None,
         max_new_tokens: int | None = None,
