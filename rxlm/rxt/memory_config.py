@@ -7,6 +7,7 @@ the whole model (``config``). No torch.
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -176,7 +177,36 @@ class MemoryAttentionConfig(Config):
             )
         if problems:
             raise ValueError("\n".join(problems))
+        growing = self.growing_fields()
+        if growing:
+            # Python shows one text from one place once.
+            warnings.warn(
+                f"{', '.join(growing)}: with these settings the memory grows from turn to turn "
+                "without bound, until numbers overflow in long conversations. Use "
+                "use_gated_residual=True, and in variant 'self' use_gate_for_self_attention=True.",
+                UserWarning,
+                stacklevel=2,
+            )
         return self
+
+    def growing_fields(self) -> list[str]:
+        """Return ``field=value`` of what lets the memory grow without bound; [] if nothing does.
+
+        A gated write keeps a slot between its old content and a bounded update. A sum does not,
+        and attention among slots that is added is such a sum; the write's gate makes up for it
+        only where the norm bounds what is added, as `classic-rms` does: the other norms pass on
+        part of the slot itself.
+        """
+        fields = []
+        replaced = self.variant == "simple" and self.disable_residual
+        if not (self.use_gated_residual or replaced):
+            fields.append("use_gated_residual")
+        if self.variant == "self" and not self.use_gate_for_self_attention:
+            if fields:
+                fields.append("use_gate_for_self_attention")
+            elif self.norm_type != "classic-rms":
+                fields += ["use_gate_for_self_attention", "norm_type"]
+        return [f"{name}={getattr(self, name)!r}" for name in fields]
 
     @property
     def steps(self) -> tuple[WriteStep, ...]:
