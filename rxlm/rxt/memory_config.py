@@ -181,9 +181,9 @@ class MemoryAttentionConfig(Config):
         if growing:
             # Python shows one text from one place once.
             warnings.warn(
-                f"{', '.join(growing)}: with these settings the memory grows from turn to turn "
-                "without bound, until numbers overflow in long conversations. Use "
-                "use_gated_residual=True, and in variant 'self' use_gate_for_self_attention=True.",
+                f"{', '.join(growing)}: sums can make the memory grow from turn to turn without "
+                "bound. Use use_gated_residual=True, and in variant 'self' "
+                "use_gate_for_self_attention=True.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -192,20 +192,16 @@ class MemoryAttentionConfig(Config):
     def growing_fields(self) -> list[str]:
         """Return ``field=value`` of what lets the memory grow without bound; [] if nothing does.
 
-        A gated write keeps a slot between its old content and a bounded update. A sum does not,
-        and attention among slots that is added is such a sum; the write's gate makes up for it
-        only where the norm bounds what is added, as `classic-rms` does: the other norms pass on
-        part of the slot itself.
+        A gate keeps a slot between its old content and an update of bounded size; a sum does not.
+        One sum beside one gate grows at best until the gate takes away as much as the sum adds,
+        which may take thousands of turns.
         """
         fields = []
         replaced = self.variant == "simple" and self.disable_residual
         if not (self.use_gated_residual or replaced):
             fields.append("use_gated_residual")
         if self.variant == "self" and not self.use_gate_for_self_attention:
-            if fields:
-                fields.append("use_gate_for_self_attention")
-            elif self.norm_type != "classic-rms":
-                fields += ["use_gate_for_self_attention", "norm_type"]
+            fields.append("use_gate_for_self_attention")
         return [f"{name}={getattr(self, name)!r}" for name in fields]
 
     @property

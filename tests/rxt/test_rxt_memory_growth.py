@@ -141,10 +141,9 @@ def test_memory_is_bounded_or_the_configuration_warns(variant: str) -> None:
     for growing, size, config in zip(grows.tolist(), late.tolist(), configs, strict=True):
         fields = config.growing_fields()
         assert not growing or fields, config
-        assert fields or size < 10.0, (size, config)
-        # Among slots that are mixed by a gate, a sum of writes stays bounded (by a large bound).
-        mixed = variant == "self" and config.use_gate_for_self_attention
-        assert growing or not fields or mixed, config
+        assert fields or size < 3.0, (size, config)
+        # One sum beside a gate may stay bounded; where there is no gate, all grow.
+        assert growing or not fields or (variant == "self" and len(fields) == 1), config
     assert any(grows) and not all(grows)
 
 
@@ -172,8 +171,8 @@ def test_a_row_of_the_banks_is_its_own_memory_attention(variant: str) -> None:
     [
         ({"use_gated_residual": False}, "use_gated_residual=False:"),
         (
-            {"variant": "self", "use_gate_for_self_attention": False, "norm_type": "rms"},
-            "use_gate_for_self_attention=False, norm_type='rms':",
+            {"variant": "self", "use_gate_for_self_attention": False},
+            "use_gate_for_self_attention=False:",
         ),
     ],
 )
@@ -195,5 +194,5 @@ def test_the_defaults_do_not_warn() -> None:
         for variant in VARIANTS:
             for norm in NORMS:
                 MemoryAttentionConfig(**SIZES, variant=variant, norm_type=norm)
-        MemoryAttentionConfig(variant="self", use_gate_for_self_attention=False)
+        MemoryAttentionConfig(use_gate_for_self_attention=False)  # Not read: no variant 'self'.
         MemoryAttentionConfig(variant="simple", disable_residual=True, use_gated_residual=False)
