@@ -10,14 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rxlm.rxt.components import RxTDecoder, RxTEncoder
 from rxlm.rxt.config import RxTConfig
+from rxlm.rxt.freezing import FreezingMethods
 from rxlm.rxt.memory_building import build_memory_attention
 
 
-class RxTNetwork(nn.Module):
+class RxTNetwork(FreezingMethods):
     """Decoder, encoder and memory attention. Holds weights only; memory is passed in and out."""
 
     def __init__(self, config: RxTConfig | dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from rxlm.data.conversation_source import BUILTIN, ConversationList, DataConfig,
 from rxlm.data.conversations import Conversation
 from rxlm.data.generator import DialogueGenerator
 from rxlm.errors import UserError
+from rxlm.evaluation.card import write_results_card
 from rxlm.evaluation.perplexity import (
     PerplexitySettings,
     builtin_conversations,
@@ -81,6 +82,7 @@ def evaluate_pipeline(
 ) -> dict[str, Any]:
     """Measure the last model of a pipeline and write the report into its folder.
 
+    The card in the model folder gets the results, unless somebody has written or edited it.
     Perplexity always; recall when the model was trained on the built-in dialogues. A report that
     is there is used again when it is of this very model and of these settings.
 
@@ -101,6 +103,7 @@ def evaluate_pipeline(
         report = _report_of(model, folder, recipe, measured.source, asks)
         if report is not None:
             logger.info("%s: the report is of this model already", folder / REPORT_FILE)
+            write_results_card(model, model_folder, report)
             return report
         recall = None
         if asks is not None:
@@ -121,7 +124,8 @@ def evaluate_pipeline(
             perplexity=[perplexity],
             training=training_curves(folder),
         )
-    write_report(report, folder)
+        write_report(report, folder)
+        write_results_card(model, model_folder, report)
     return report
 
 
