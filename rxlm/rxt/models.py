@@ -254,7 +254,7 @@ class RxTAlpha(ReactiveModel):
             if self._held is not None and slots.shape[1] == 1:
                 fresh = self.decoder.nothing_carried(1)
                 state = self._held.state.replaced(slots=slots, carried=fresh)
-        self._hold(state.detach().to(self.device, self.encoder.embedding.weight.dtype))
+        self._hold(state.detach().to(self.device, self.memory_dtype))
 
     @property
     def _conversation(self) -> HeldConversation:
