@@ -81,7 +81,7 @@ def save_run(parts: RunParts, state: TrainingState) -> Path:
         config_fingerprint=fingerprint(parts.run.config),
     )
 
-    with parts.strategy.exact_weights():
+    with parts.strategy.whole_weights(), parts.strategy.exact_weights():
         path = _write(parts, state, snapshot) if parts.world.is_main else None
     # The others go on when the files are there.
     saved = parts.world.broadcast(path)

@@ -131,11 +131,8 @@ class Strategy:
 
     @contextlib.contextmanager
     def exact_weights(self) -> Iterator[None]:
-        """Have the weights whole and as precise as they are trained (to save or to load them)."""
-        with (
-            self.whole_weights(),
-            contextlib.nullcontext() if self._masters is None else self._masters.exact(),
-        ):
+        """Have the weights as precise as they are trained (to save or to load them)."""
+        with contextlib.nullcontext() if self._masters is None else self._masters.exact():
             yield
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
