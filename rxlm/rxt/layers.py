@@ -148,7 +148,8 @@ class ReactiveLayer(nn.Module):
 
     def _normed_slots(self, slots: Tensor) -> Tensor:
         # A memory in float32 meets weights in bfloat16 (train.precision=bf16_pure).
-        normed: Tensor = self.norm_slots(slots.to(self.norm_slots.weight.dtype))
+        dtype = next(self.norm_slots.parameters()).dtype
+        normed: Tensor = self.norm_slots(slots.to(dtype))
         return normed
 
     def condition(self, slots: Tensor, slot_mask: Tensor | None) -> MemoryCondition | None:
