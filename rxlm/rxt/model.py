@@ -41,10 +41,19 @@ class RxTNetwork(FreezingMethods):
         """Where the weights live."""
         return self.encoder.embedding.weight.device
 
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        """In which precision memory is kept: that of the norm of its slots.
+
+        Training in bfloat16 leaves that norm in float32, and the memory with it.
+        """
+        return self.memory_attention.slot_norm.scale.dtype
+
     def initial_memory(self, batch_size: int, *, seed: int = 0) -> Tensor:
         """Return the memory ``[L, B, S, D]`` that conversations start from."""
-        dtype = self.encoder.embedding.weight.dtype
-        return self.memory_attention.initial(batch_size, seed=seed, device=self.device, dtype=dtype)
+        return self.memory_attention.initial(
+            batch_size, seed=seed, device=self.device, dtype=self.memory_dtype
+        )
 
     def write_memory(self, slots: Tensor, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Encode a finished turn ``[B, T]`` and return the memory after it, ``[L, B, S, D]``."""

@@ -272,7 +272,7 @@ class RxTAlpha(BatchModel):
                 number of conversations. What was held is unchanged then.
         """
         if not isinstance(state, ConversationState):
-            check_slots(state, self.memory_shape, dtype=self.encoder.embedding.weight.dtype)
+            check_slots(state, self.memory_shape, dtype=self.memory_dtype)
             # A tensor knows no randomness: the conversation keeps its own.
             slots = state.detach().clone()
             fresh = self.decoder.nothing_carried(slots.shape[1])

@@ -209,7 +209,7 @@ class ReactiveModel(RxTNetwork):
             return state
         ids, mask = padded(turns, self.config.tokenizer.pad_token_id)
         weight = self.encoder.embedding.weight
-        slots = state.slots.to(device=weight.device, dtype=weight.dtype)
+        slots = state.slots.to(device=weight.device, dtype=self.memory_dtype)
         ids, mask = ids.to(weight.device), mask.to(weight.device)
         with evaluation_mode(self):
             written = self.write_memory(slots, ids, mask)

@@ -29,6 +29,7 @@ from rxlm.training.build_lm import build_lm_objective, build_lm_on_meta, check_s
 from rxlm.training.objectives.joint_lm import JointBatch
 from rxlm.training.objectives.language_modeling import row_length
 from rxlm.training.recipes import PREVIOUS, LMRecipe, ModelRecipe, StageFile, TokenizerRecipe
+from rxlm.training.settings import TrainSettings
 from rxlm.training.stage import find_inputs
 from rxlm.training.tokenizer_stage import TokenizerStageSettings, tokenizer_texts
 
@@ -40,6 +41,8 @@ _UNKNOWN = (
 )
 _BYTES = 4
 """Of a weight, a gradient, or one of the optimizer's moments: all are fp32."""
+_ROUNDED_BYTES = 2
+"""Of a weight in bfloat16, beside its master."""
 
 
 class DryRun(NamedTuple):
@@ -54,7 +57,7 @@ class DryRun(NamedTuple):
     """Of the first step; later phases of a curriculum may differ."""
     weight_bytes: int
     optimizer_bytes: int
-    """Gradients and the optimizer's two moments."""
+    """Gradients and the optimizer's two moments (and weights rounded from masters)."""
     memory_bytes: int
     """Short-term memory of one conversation; a language model's state after ``state_tokens``."""
     notes: list[str]
@@ -100,7 +103,7 @@ def dry_run(stage: StageFile, folder: Path) -> DryRun:
         steps=recipe.train.steps,
         tokens_per_step=sum(batch.num_tokens for batch in dialogues),
         weight_bytes=_BYTES * sum(parameters.values()),
-        optimizer_bytes=3 * _BYTES * sum(trained),
+        optimizer_bytes=_optimizer_bytes(recipe.train, sum(trained)),
         memory_bytes=_BYTES * memory.num_layers * memory.stm_size * memory.embed_dim,
         notes=notes,
     )
@@ -137,11 +140,16 @@ def _dry_run_lm(stage: StageFile, recipe: LMRecipe, folder: Path, notes: list[st
         steps=recipe.train.steps,
         tokens_per_step=sum(int(rows.mask.sum()) for batch in batches for rows in batch),
         weight_bytes=_BYTES * total,
-        optimizer_bytes=3 * _BYTES * total,
+        optimizer_bytes=_optimizer_bytes(recipe.train, total),
         memory_bytes=state_bytes(config, length),
         notes=notes,
         state_tokens=length,
     )
+
+
+def _optimizer_bytes(settings: TrainSettings, num_trained: int) -> int:
+    rounded = _ROUNDED_BYTES if settings.precision == "bf16_pure" else 0
+    return (3 * _BYTES + rounded) * num_trained
 
 
 def _tokenizer_and_config(
