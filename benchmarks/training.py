@@ -268,7 +268,8 @@ def page(rows: list[Row], command: str, options: argparse.Namespace) -> str:
         f"Written by `{command}`: {machine_name('cpu')}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} thread(s), fp32, {options.steps} updates of "
         f"{options.dialogues} dialogues x {options.turns} turns; load average "
-        f"{load_average():.1f} at the end. Medians. The model is new, the data are the built-in dialogues.",
+        f"{load_average():.1f} at the end. Medians. The model is new, "
+        "the data are the built-in dialogues.",
         "",
         "![Where the time of an update goes](training.png)",
         "",
@@ -292,7 +293,8 @@ def page(rows: list[Row], command: str, options: argparse.Namespace) -> str:
         "",
         "Time of an update in the Trainer (logging, metrics, checks for bad numbers) over that of "
         "the same update in a plain loop, both building batches in line; median of "
-        f"{options.rounds} rounds (goal: at most 1.05). The share is largest for the smallest model.",
+        f"{options.rounds} rounds (goal: at most 1.05). The share "
+        "is largest for the smallest model.",
         "",
         "| size | stage | Trainer / bare loop |",
         "|---|---|---:|",
