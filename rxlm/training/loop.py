@@ -66,7 +66,7 @@ class TrainingLoop:
         self._last_batch: Any = None
         self._samples = SampleFile(folder, state.step)
         self._utilization = Utilization(
-            parts.objective, parts.device, parts.settings.precision, parts.world.size, folder
+            parts.objective, parts.strategy, parts.device, parts.settings.precision, folder
         )
 
     def run(self) -> Ending:
@@ -141,7 +141,6 @@ class TrainingLoop:
 
     def _log(self, rate: float) -> None:
         """Write the means since the last log line."""
-        parts, settings = self._parts, self._settings
         means = self._window.take_means()
         self.state = self.state.model_copy(update={"train": means})
         state, before, self._logged = self.state, self._logged, self.state
@@ -154,10 +153,9 @@ class TrainingLoop:
             "tokens_per_second": (state.num_tokens - before.num_tokens) / max(seconds, 1e-9),
             "seconds": state.seconds,
         }
-        if settings.watch.mfu:
-            with parts.strategy.whole_weights():
-                speed = values["tokens_per_second"]
-                values |= self._utilization.measure(self._last_batch, state.step - 1, speed)
+        if self._settings.watch.mfu:
+            speed = values["tokens_per_second"]
+            values |= self._utilization.measure(self._last_batch, state.step - 1, speed)
         self._sinks.write("train", state.step, values)
         self._view.report("train", state.step, values)
 

@@ -53,6 +53,15 @@ def test_plot_writes_figures(
         assert metric in have
 
 
+def test_the_report_of_a_pipeline_shows_samples(micro_pipeline: Path) -> None:
+    """Catches sample conversations that nobody gets to see."""
+    report = json.loads((micro_pipeline / "report.json").read_text(encoding="utf-8"))
+    (first, *_) = report["samples"]
+    assert first["step"] == 2
+    page = (micro_pipeline / "report.html").read_text(encoding="utf-8")
+    assert "A conversation at the validation after 2 steps" in page
+
+
 def test_plot_of_no_run_is_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a traceback for a folder that holds something else."""
     assert main(["plot", str(tmp_path), "--out", str(tmp_path / "out")]) == 2

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rxlm.training.device import autocast, move_to_device
+from rxlm.training.distributed.strategy import Strategy
 from rxlm.training.objective import Objective
 from rxlm.training.rng import isolated_random_state
 from rxlm.training.run_folder import write_atomically
@@ -167,22 +168,22 @@ class Utilization:
 
     Args:
         objective: what is trained.
+        strategy: how the processes of the run share an update.
         device: where.
         precision: of the run.
-        world_size: processes that share an update.
         folder: the run folder; None: nothing is written (another process does).
     """
 
     def __init__(
         self,
         objective: Objective,
+        strategy: Strategy,
         device: torch.device,
         precision: str,
-        world_size: int,
         folder: Path | None,
     ) -> None:
         self._objective, self._device, self._precision = objective, device, precision
-        self._world_size, self._folder = world_size, folder
+        self._strategy, self._folder = strategy, folder
         self._phase: Any = None
         self._per_token: float | None = None
 
@@ -197,11 +198,12 @@ class Utilization:
         peak = self._peak()
         phase = json.dumps(self._objective.batch_state())
         if self._per_token is None or phase != self._phase:
-            counted = count_forward(self._objective, batch, step, self._device, self._precision)
+            with self._strategy.whole_weights():
+                counted = count_forward(self._objective, batch, step, self._device, self._precision)
             self._per_token, self._phase = counted.per_token, phase
         if not self._per_token:
             return {}
-        available = peak.flops_per_second * self._world_size
+        available = peak.flops_per_second * self._strategy.world.size
         return {
             "mfu": self._per_token * tokens_per_second / available,
             "flops_per_token": self._per_token,
