@@ -36,6 +36,7 @@ from rxlm.rxt.models import RxTAlpha
 from rxlm.tokenization import Tokenizer, TokenizerTraining, train_tokenizer
 from rxlm.training.described_model import described_model
 from rxlm.training.distributed.strategy import scale_and_clip
+from rxlm.training.held_bytes import peak_of
 from rxlm.training.objective import Objective
 from rxlm.training.objectives.curriculum import Phase
 from rxlm.training.objectives.joint_lm import JointLMObjective, JointLMSettings
@@ -50,7 +51,6 @@ from rxlm.training.objectives.sft import SFTObjective, SFTSettings
 from rxlm.training.optim import build_optimizer
 from rxlm.training.run_folder import RunFolder
 from rxlm.training.settings import TrainSettings
-from rxlm.training.step_estimate import peak_of
 from rxlm.training.trainer import Trainer
 from rxlm.training.watching.utilization import count_forward, measured_peak
 
@@ -307,7 +307,7 @@ def page(rows: list[Row], command: str, options: argparse.Namespace) -> str:
         "## Peak memory with gradient checkpointing",
         "",
         "MB that a forward and backward pass holds at its highest point, on top of weights and "
-        "optimizer (what torch's allocator hands out).",
+        "optimizer (tensors; what an operator takes for itself is not counted).",
         "",
         "| size | stage | none | layers | turns | both |",
         "|---|---|---:|---:|---:|---:|",

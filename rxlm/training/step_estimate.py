@@ -6,10 +6,8 @@ whole is made, too, and the figures are measured ones. Then
 
     peak = weights and buffers + optimizer state + max(forward and backward pass, optimizer step)
 
-where both terms of the maximum hold the gradients. On a CPU the passes are what torch's allocator
-hands out (its own profiler records it), on CUDA what torch has allocated at most; what Python,
-libraries and the data take comes on top. Nothing is written; weights change, so the objective is
-one that is thrown away.
+where both terms of the maximum hold the gradients. What Python, libraries and the data take comes
+on top. Nothing is written; weights change, so the objective is one that is thrown away.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +24,7 @@ import torch
 
 from rxlm.errors import UserError
 from rxlm.training.device import autocast, cpu_threads, move_to_device
+from rxlm.training.held_bytes import peak_of
 from rxlm.training.objective import Objective
 from rxlm.training.objectives.memory_aware import MemoryAwareObjective
 from rxlm.training.optim import build_optimizer
@@ -201,31 +200,6 @@ class _Passes:
                 self.run(batch)
 
         return Pass(num_tokens, peak_of(passes, self._device), statistics.median(seconds))
-
-
-def peak_of(call: Callable[[], object], device: torch.device) -> int:
-    """Return how many bytes ``call`` holds at its highest point, beyond what was held before."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return int(torch.cuda.max_memory_allocated(device) - before)
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    results: Any = profiler.profiler
-    assert results is not None and results.kineto_results is not None
-    changes = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in results.kineto_results.events()
-        if event.name() == "[memory]"
-    )
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
 
 
 def _parts(objective: Objective, batch: Any) -> list[Any]:
