@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from rxlm.training.held_bytes import HeldBytes
 
 SCRIPT = Path(__file__).with_name("step_memory.py")
 
@@ -41,3 +44,24 @@ def test_estimated_peak_is_the_real_one(words: tuple[str, ...]) -> None:
     assert found["share"] < 0.5
     assert found["real"] > 50e6, "too small: what libraries take would decide"
     assert abs(found["estimated"] / found["real"] - 1) < 0.15, found
+
+
+def test_held_bytes_follow_storages() -> None:
+    """Catches views counted as new, storages that are never given back, and a backward pass that
+    is not seen."""
+    weight = torch.ones(100, 100, requires_grad=True)
+    with HeldBytes() as counter:
+        row = weight[3]  # a view of what was there before
+        assert counter.held == 0
+        product = weight @ weight
+        assert counter.held == 40_000
+        twice = product.t().reshape(-1) * 2  # a copy, freed at once, and the product of it
+        assert counter.held == 80_000
+        assert counter.peak == 120_000
+        del twice
+        assert counter.held == 40_000
+        product.backward(torch.ones_like(product))
+        assert weight.grad is not None
+        del product, row
+    assert counter.held == 40_000, "the gradient"
+    assert counter.peak >= 120_000
