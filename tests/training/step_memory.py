@@ -85,13 +85,11 @@ def main() -> None:
         run_update(strategy, batches, step, CPU)
     real = resident("VmHWM") - before + weights
     estimate = estimate_step(build(kind, accumulation), settings, CPU, whole_budget=0.0)
-    whole = estimate_step(build(kind, accumulation), settings, CPU, whole_budget=1e9)
     print(
         json.dumps(
             {
                 "estimated": estimate.peak_bytes,
                 "share": estimate.share,
-                "whole": whole.peak_bytes,
                 "real": real,
             }
         )
