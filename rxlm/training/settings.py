@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from rxlm.configuration import Config
 from rxlm.errors import UserError
+from rxlm.training.watch import WatchSettings
 
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
 
@@ -85,6 +86,8 @@ class TrainSettings(Config):
     """How many steps in a row may be skipped for a non-finite loss or gradient."""
     loggers: tuple[LoggerName, ...] = ("tensorboard",)
     """Where metrics go besides ``metrics.jsonl``: ``tensorboard``, ``wandb``, ``trackio``."""
+    watch: WatchSettings = WatchSettings()
+    """What is measured beside the loss; costs time at log lines and validations only."""
     wandb_project: str | None = None
     """Project of Weights & Biases (default ``rxlm``); giving one switches ``wandb`` on."""
     trackio_project: str | None = None
