@@ -186,6 +186,16 @@ class Router(nn.Module):
             token_mask: bool ``[N]``, True at real tokens; None = all. Statistics leave the others
                 out.
         """
+        routing = self.choose(x)
+        record = active_record()
+        if record is not None:
+            statistics = self._statistics(routing.probabilities, routing.experts, token_mask)
+            record.entries.append((self, statistics))
+        return routing
+
+    def choose(self, x: Tensor) -> Routing:
+        """Do what :meth:`forward` does, unseen by :func:`record_routing`: compilers cannot read
+        context variables."""
         probabilities = self._scores(x).softmax(dim=-1)
         ranked = probabilities.detach()
         if self.offset is not None:
@@ -194,9 +204,6 @@ class Router(nn.Module):
         weights = probabilities.gather(-1, experts)
         if self.top_k > 1:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        record = active_record()
-        if record is not None:
-            record.entries.append((self, self._statistics(probabilities, experts, token_mask)))
         return Routing(experts, weights.to(x.dtype), probabilities)
 
     def _scores(self, x: Tensor) -> Tensor:

@@ -140,10 +140,11 @@ class MixtureOfExperts(nn.Module):
         """
         flat = x.reshape(-1, x.shape[-1])
         mask = None if token_mask is None else token_mask.reshape(-1)
-        routing = self.router(flat, mask)
+        compiled = self._decodes_compiled(flat)
+        routing = self.router.choose(flat) if compiled else self.router(flat, mask)
         if self.settings.backend == "loop":
             mixed = self._in_a_loop(flat, routing)
-        elif self._decodes_compiled(flat):
+        elif compiled:
             mixed = self._of_few_tokens(flat, routing)
         elif self._decodes_on_cpu(flat):
             mixed = self._of_one_token(flat, routing)
