@@ -14,9 +14,7 @@ _PAUSED_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
-def evaluation_mode(
-    module: nn.Module, parts: Sequence[nn.Module] | None = None
-) -> Iterator[None]:
+def evaluation_mode(module: nn.Module, parts: Sequence[nn.Module] | None = None) -> Iterator[None]:
     """Switch dropout off for a block, then put every submodule's mode back.
 
     Safe when threads compute with one model at the same time: the first to enter switches, the
