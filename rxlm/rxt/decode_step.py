@@ -1,4 +1,4 @@
-"""One token a row: what decoding does over and over, with everything that can be prepared, prepared.
+"""One token a row, over and over: decoding with all that can be prepared prepared.
 
 The same layers as :meth:`rxlm.rxt.components.RxTDecoder.forward`, which stays the plain form (and
 does the prompt), without what a single token does not need: keys and values are written into
@@ -8,7 +8,7 @@ every row has a token in every column. Compiled on request: then all shapes are 
 A step belongs to the generation that made it. Its buffers are its own copies; what the caller
 passed in never changes. Not here: choosing tokens (:mod:`rxlm.rxt.generation`).
 
-Shapes: B conversations, P tokens so far, L tokens that fit, D width, V vocabulary, K head dimension.
+Shapes: B conversations, P tokens so far, L tokens that fit, D width, V vocabulary, K head width.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ class DecodeStep:
         self._column, size = past, past + room
         if compiled:
             size = max(SMALLEST_SIZE, 1 << (size - 1).bit_length())
+        self._sizes = (batch, size)
         self._layers: Kept = tuple(
             KeyValueBuffer.start(layer, size) if isinstance(layer, KeyValue) else layer
             for layer in cache.layers
@@ -169,10 +170,7 @@ class DecodeStep:
             if real is None:
                 return None
             # The first row that ended: until now every column was real.
-            for layer in self._layers:
-                if isinstance(layer, KeyValueBuffer):
-                    batch, size = layer.key.shape[:2]
-            self._seen = torch.ones(batch, size, dtype=torch.bool, device=real.device)
+            self._seen = torch.ones(self._sizes, dtype=torch.bool, device=real.device)
         self._seen[:, self._column] = True if real is None else real[:, 0]
         seen = self._seen if self._compiled else self._seen[:, : self._column + 1]
         return seen[:, None, None]
