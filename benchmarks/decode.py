@@ -138,17 +138,22 @@ def groups(
     results: Results,
 ) -> list[dict[Key, Call]]:
     """Return the calls of one number of threads; those that are compared are in one group."""
-    made: list[dict[Key, Call]] = []
+    made: list[dict[Key, Call]] = [bandwidth_calls(threads)]
     for rows in options.rows:
         for new in options.new:
             size = bytes_of_a_step(model, rows, PROMPT + new / 2)
             results.step_bytes[rows, new] = size
-            # The buffer that the bound is of: as large as what a step reads.
-            calls = bandwidth_calls(threads, rows, round(size))
-            for contender in found:
-                key = Key("turn", threads, rows, new, contender.name)
-                calls[key] = partial(contender.answer, rows, PROMPT, new)
-            made.append(calls)
+            # What the bound is from, over as many bytes as a step reads.
+            matrix = round(size) // 512 * 512
+            made.append(
+                {Key("bandwidth", threads, rows, matrix, GEMV): product(matrix)}
+                | {
+                    Key("turn", threads, rows, new, contender.name): partial(
+                        contender.answer, rows, PROMPT, new
+                    )
+                    for contender in found
+                }
+            )
     for tokens in options.prompts:
         made.append(
             {
@@ -161,20 +166,23 @@ def groups(
     return made
 
 
-def bandwidth_calls(threads: int, rows: int, size: int) -> dict[Key, Call]:
-    """Return what reads memory as fast as the machine does."""
+def bandwidth_calls(threads: int) -> dict[Key, Call]:
+    """Return what reads and writes memory as fast as the machine does, beyond its caches."""
     one, two, three = (torch.ones(LARGE // 4) for _ in range(3))
-    vector = torch.ones(128)
-    matrix = torch.ones(size // 4 // 128, 128)
-    large = one.view(-1, 128)
+
+    def triad() -> object:
+        return torch.add(one, two, alpha=3.0, out=three)
+
     return {
-        Key("bandwidth", threads, rows, 2 * LARGE, COPY): lambda: two.copy_(one),
-        Key("bandwidth", threads, rows, 3 * LARGE, TRIAD): lambda: torch.add(
-            one, two, alpha=3.0, out=three
-        ),
-        Key("bandwidth", threads, rows, LARGE, GEMV): lambda: torch.mv(large, vector),
-        Key("bandwidth", threads, rows, 4 * matrix.numel(), GEMV): lambda: torch.mv(matrix, vector),
+        Key("bandwidth", threads, 0, 2 * LARGE, COPY): lambda: two.copy_(one),
+        Key("bandwidth", threads, 0, 3 * LARGE, TRIAD): triad,
+        Key("bandwidth", threads, 0, LARGE, GEMV): product(LARGE),
     }
+
+
+def product(size: int) -> Call:
+    """Return a product of a matrix of so many bytes, 128 columns wide, with a vector."""
+    return partial(torch.mv, torch.ones(size // 512, 128), torch.ones(128))
 
 
 def check_agreement(found: list[Contender], options: argparse.Namespace) -> None:

@@ -56,7 +56,7 @@ def bound(results: Results, key: Key) -> tuple[float, float]:
     fastest = max(
         other.tokens / quartiles(seconds).median
         for other, seconds in results.seconds.items()
-        if other[:3] == ("bandwidth", key.threads, key.rows)
+        if other[:2] == ("bandwidth", key.threads) and other.rows in (0, key.rows)
     )
     return key.rows * fastest / results.step_bytes[key.rows, key.tokens], fastest
 
@@ -136,7 +136,7 @@ def page(results: Results, command: str) -> str:
         if key.task == "bandwidth":
             lower, median, upper = quartiles(samples)
             values = Quartiles(*(key.tokens / x / 1e9 for x in (upper, median, lower)))
-            where = (key.threads, key.rows, f"{key.tokens / 2**20:,.0f}")
+            where = (key.threads, key.rows or "", f"{key.tokens / 2**20:,.0f}")
             machine.append((*where, key.contender, times(values)))
     limits = []
     for key in turns(results):

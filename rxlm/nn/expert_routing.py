@@ -209,7 +209,12 @@ class Router(nn.Module):
     def _scores(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else self.dtype
         x, weight = x.to(dtype), self.weight.to(dtype)
-        if self.follows_autocast or x.device.type == "meta":  # That has no autocast to switch off.
+        # The meta device has no autocast to switch off; to switch it off takes longer than to ask.
+        if (
+            self.follows_autocast
+            or x.device.type == "meta"
+            or not torch.is_autocast_enabled(x.device.type)
+        ):
             scores = nn.functional.linear(x, weight)
         else:
             with torch.autocast(x.device.type, enabled=False):
