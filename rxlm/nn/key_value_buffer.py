@@ -1,7 +1,7 @@
 """Keys and values of one generation in tensors of fixed size: written in place, nothing grows.
 
 Appending to a :class:`~rxlm.nn.attention.KeyValue` copies all that is there, for every token and
-layer. A buffer is allocated once for the longest turn; a token costs one column. It is not a value:
+layer. A buffer is allocated once for many tokens; one costs a column. It is not a value:
 whoever makes it owns it, and hands it to nobody else. It copies what it starts from.
 
 Shapes: B batch, P tokens so far, L tokens that fit, G key/value heads, K head dimension.
@@ -31,14 +31,14 @@ class KeyValueBuffer(NamedTuple):
     visible: int | None
 
     @classmethod
-    def start(cls, past: KeyValue, size: int) -> KeyValueBuffer:
-        """Return a buffer of ``size`` columns that begins with ``past``, which is copied."""
-        batch, length, heads, width = past.key.shape
+    def start(cls, past: KeyValue, length: int, size: int) -> KeyValueBuffer:
+        """Return a buffer of ``size`` columns that begins with a copy of ``length`` of ``past``."""
+        batch, _, heads, width = past.key.shape
 
         def longer(part: Tensor) -> Tensor:
             # Zeros, not garbage: a masked value still counts with weight zero, and 0 * inf is NaN.
             room = part.new_zeros(batch, heads, size, width)
-            room[:, :, :length] = part.transpose(1, 2)
+            room[:, :, :length] = part[:, :length].transpose(1, 2)
             return room.transpose(1, 2)
 
         column = torch.tensor([length], device=past.key.device)

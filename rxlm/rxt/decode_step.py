@@ -18,6 +18,7 @@ import os
 import shutil
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 SMALLEST_SIZE = 64
 """L of a compiled step is a power of two, at least this: few lengths, few compilations."""
+FIRST_ROOM = 256
+"""Buffers have room for at most so many tokens at first and double when they are full: a turn that
+could be long, and is short, allocates little."""
 
 Kept = tuple[LayerCache | KeyValueBuffer, ...]
 
@@ -103,33 +107,50 @@ class DecodeStep:
             UserError: if the step should be compiled and there is no compiler.
         """
         self._decoder, self._memory, self._compiled = decoder, memory, compiled
+        self._has_keys = any(isinstance(layer, KeyValue) for layer in cache.layers)
         batch, past = cache.key_mask.shape
-        self._column, size = past, past + room
-        if compiled:
-            size = max(SMALLEST_SIZE, 1 << (size - 1).bit_length())
-        self._sizes = (batch, size)
-        self._layers: Kept = tuple(
-            KeyValueBuffer.start(layer, size) if isinstance(layer, KeyValue) else layer
-            for layer in cache.layers
-        )
-        self._has_keys = any(isinstance(layer, KeyValueBuffer) for layer in self._layers)
+        # Where no layer keeps keys, positions alone are counted.
+        self._column = past if self._has_keys else int(cache.lengths.max())
+        self._most = self._column + room
+        self._lengths = cache.lengths.clone()
         # Which columns are real; None while all are.
         self._seen: Tensor | None = None
         if self._has_keys and (compiled or not bool(cache.key_mask.all())):
-            self._seen = cache.key_mask.new_zeros(batch, size)
-            self._seen[:, :past] = cache.key_mask
-        self._lengths = cache.lengths.clone()
-        longest = int(cache.lengths.max()) + room
-        self._phases = _phase_table(decoder, longest, cache.lengths.device, real=compiled)
-        self._run: Callable[[StepInputs], tuple[Tensor, Kept]]
-        if compiled:
-            self._run = compiled_step(decoder, batch, size)
-        else:
-            self._run = lambda inputs: decode_step(decoder, inputs)
+            self._seen = cache.key_mask
+        self._layers: Kept = cache.layers
+        self._phases: Tensor | None = None
+        self._run: Callable[[StepInputs], tuple[Tensor, Kept]] = partial(decode_step, decoder)
+        self._sizes = (batch, 0)
+        self._resize(self._column + min(room, FIRST_ROOM))
+
+    def _resize(self, size: int) -> None:
+        """Make room for ``size`` tokens, those so far included."""
+        batch, device = self._sizes[0], self._lengths.device
+        if self._compiled:
+            size = max(SMALLEST_SIZE, 1 << (size - 1).bit_length())
+            self._run = compiled_step(self._decoder, batch, size)
+        self._sizes = (batch, size)
+        self._layers = tuple(
+            KeyValueBuffer.start(KeyValue(*layer[:2]), self._column, size)
+            if isinstance(layer, KeyValue | KeyValueBuffer)
+            else layer
+            for layer in self._layers
+        )
+        if self._seen is not None:
+            seen = self._seen[:, : self._column]
+            self._seen = seen.new_zeros(self._sizes)
+            self._seen[:, : self._column] = seen
+        config = self._decoder.config
+        if not config.use_nope:
+            positions = torch.arange(size, device=device)
+            phases = rotary_phases(positions, config.head_dim_resolved, config.rope_base)
+            self._phases = torch.view_as_real(phases) if self._compiled else phases
 
     def __call__(self, tokens: list[int | None]) -> Tensor:
         """Read one token a row (None: the row has ended) and return the scores ``[B, V]``."""
         device = self._lengths.device
+        if self._column == self._sizes[1]:
+            self._resize(min(2 * self._column, self._most))
         ids = torch.tensor([[token or 0] for token in tokens], device=device)
         real = None
         if self._compiled or None in tokens:
@@ -176,18 +197,6 @@ class DecodeStep:
         return seen[:, None, None]
 
 
-def _phase_table(
-    decoder: RxTDecoder, length: int, device: torch.device, *, real: bool
-) -> Tensor | None:
-    """Return the rotary phases of positions 0 to ``length`` - 1, complex or as pairs of floats."""
-    config = decoder.config
-    if config.use_nope:
-        return None
-    positions = torch.arange(length, device=device)
-    phases = rotary_phases(positions, config.head_dim_resolved, config.rope_base)
-    return torch.view_as_real(phases) if real else phases
-
-
 # --- compilation ----------------------------------------------------------------------------------
 
 _COMPILED: WeakKeyDictionary[RxTDecoder, dict[Any, Any]] = WeakKeyDictionary()
@@ -218,8 +227,32 @@ def compiled_step(
             size,
             weight.device,
         )
-    step = found[key]
-    return lambda inputs: step(decoder, inputs)
+    return partial(_on_cuda if weight.device.type == "cuda" else _call, found[key], decoder)
+
+
+def _call(
+    step: Callable[..., tuple[Tensor, Kept]], decoder: RxTDecoder, inputs: StepInputs
+) -> tuple[Tensor, Kept]:
+    return step(decoder, inputs)
+
+
+def _on_cuda(
+    step: Callable[..., tuple[Tensor, Kept]], decoder: RxTDecoder, inputs: StepInputs
+) -> tuple[Tensor, Kept]:
+    for layer in inputs.layers:
+        if isinstance(layer, KeyValueBuffer):
+            # A graph may write into what it is given only where that stays in its place.
+            for part in (layer.key, layer.value):
+                torch._dynamo.mark_static_address(part, guard=False)
+    torch.compiler.cudagraph_mark_step_begin()
+    logits, layers = step(decoder, inputs)
+    # The next replay writes over what this one returned.
+    return logits.clone(), tuple(
+        layer
+        if isinstance(layer, KeyValueBuffer)
+        else type(layer)(*(part.clone() for part in layer))
+        for layer in layers
+    )
 
 
 def check_compiler(device: torch.device) -> None:

@@ -26,6 +26,7 @@ EXPERTS: dict[str, Any] = {
     "shared_expert_dim": 8, "num_layers": 1,
 }  # fmt: skip
 RAGGED = [[2, 5, 40, 41, 42, 6], [2, 5, 90, 6]]
+EVEN = [[2, 5, 40, 6], [2, 5, 90, 6]]
 STEPS: list[list[int | None]] = [[50, 60], [51, 61], [52, None], [53, None]]
 
 
@@ -52,9 +53,7 @@ def scores_of(model: RxTAlpha, *, compiled: bool, prompts: list[list[int]] = RAG
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "prompts", [RAGGED, [[2, 5, 40, 6], [2, 5, 90, 6]]], ids=["ragged", "even"]
-)
+@pytest.mark.parametrize("prompts", [RAGGED, EVEN], ids=["ragged", "even"])
 def test_steps_score_like_the_plain_forward(
     make_model: ModelBuilder, prompts: list[list[int]]
 ) -> None:
@@ -84,6 +83,19 @@ def test_a_step_leaves_the_cache_it_started_from_alone(make_model: ModelBuilder)
     assert torch.equal(cache.key_mask, mask) and torch.equal(cache.lengths, counts)
     again = DecodeStep(model.decoder, memory, cache, 3)
     assert torch.equal(again([50, 60]), one[0]) and torch.equal(again([51, 61]), one[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompts", [RAGGED, EVEN], ids=["ragged", "even"])
+def test_buffers_grow(
+    make_model: ModelBuilder, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches keys, marks or phases that are lost when a buffer is full."""
+    model = make_model()
+    roomy = scores_of(model, compiled=False, prompts=prompts)
+    monkeypatch.setattr(decode_step, "FIRST_ROOM", 1)
+    for tight, scores in zip(scores_of(model, compiled=False, prompts=prompts), roomy, strict=True):
+        assert torch.equal(tight, scores)
 
 
 def test_rows_of_equal_prompts_may_end_at_different_steps(make_model: ModelBuilder) -> None:
