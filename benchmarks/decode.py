@@ -161,6 +161,7 @@ def groups(
                     contender.answer, 1, tokens, 1
                 )
                 for contender in found
+                if contender.name != COMPILED  # The prompt is not compiled.
             }
         )
     return made

@@ -54,10 +54,13 @@ def prompt_ids(rows: int, tokens: int, vocab_size: int) -> Tensor:
 def ours(model: ReactiveModel, *, compiled: bool) -> Answer:
     """Return how this package answers; the last token of the prompt is [A]."""
 
-    def answer(rows: int, tokens: int, new: int) -> list[list[int]]:
-        ids = prompt_ids(rows, tokens - 1, model.config.decoder.vocab_size)
+    def answer(rows: int, tokens: int, new: int) -> Any:
+        ids = prompt_ids(rows, tokens - 1, model.config.decoder.vocab_size).tolist()
+        if new == 1:
+            # Not generate(): that makes a step more, to see whether the answer is at its end.
+            return next(model.stream(states[rows], ids, GREEDY))
         generated = model.generate(
-            states[rows], ids.tolist(), GREEDY, max_new_tokens=new, compile_decode=compiled
+            states[rows], ids, GREEDY, max_new_tokens=new, compile_decode=compiled
         )
         return [answer.ids for answer in generated.answers]
 
