@@ -136,7 +136,7 @@ def page(results: Results, command: str) -> str:
         if key.task == "bandwidth":
             lower, median, upper = quartiles(samples)
             values = Quartiles(*(key.tokens / x / 1e9 for x in (upper, median, lower)))
-            where = (key.threads, key.rows or "", f"{key.tokens / 2**20:,.0f}")
+            where = (str(key.threads), str(key.rows or ""), f"{key.tokens / 2**20:,.0f}")
             machine.append((*where, key.contender, times(values)))
     limits = []
     for key in turns(results):
@@ -144,7 +144,7 @@ def page(results: Results, command: str) -> str:
             limit, fastest = bound(results, key)
             size = results.step_bytes[key.rows, key.tokens] / 2**20
             row = (f"{size:.1f}", f"{fastest / 1e9:.1f}", f"{limit:,.0f}")
-            limits.append((key.threads, key.rows, key.tokens, *row))
+            limits.append((str(key.threads), str(key.rows), str(key.tokens), *row))
     firsts = [
         (
             f"{key.threads} / {key.tokens}",

@@ -48,7 +48,7 @@ def test_a_step_reads_what_its_tokens_visit(script: ModuleType) -> None:
     layer += 2 * width * 64 + width  # Queries and output of reading the memory.
     layer += 3 * width + 12 * width  # Norms, router.
     memory, past = 2 * 256 * 64, 2 * 10 * 64
-    head = vocab * width + vocab + width
+    head = vocab * width + vocab  # And its bias; Micro has no norm before it.
     one = width + head + 6 * (layer + 2 * experts + memory + past)
     assert contenders.bytes_of_a_step(model, 1, 10) == pytest.approx(4 * one)
     visited = 12 * (1 - (10 / 12) ** 8)
