@@ -76,7 +76,7 @@ def bars(results: Results) -> list[tuple[str, str, bool]]:
     shares = {key: speed(results, key).median / bound(results, key)[0] for key in mine}
     best = max(shares, key=lambda key: shares[key])
     found = [
-        ("at least 60 % of the bandwidth bound in one row",
+        ("at least 60 % of the bandwidth bound somewhere",
          f"{100 * shares[best]:.0f} % ({described(best)})", shares[best] >= 0.6)
     ]  # fmt: skip
     for name in dict.fromkeys(key.contender for key in mine):
@@ -84,7 +84,7 @@ def bars(results: Results) -> list[tuple[str, str, bool]]:
         if singles:
             least = min(singles, key=lambda key: faster(results, key, LLAMA).median)
             value = faster(results, least, LLAMA)
-            asked = f"{name}: at least twice as fast as {LLAMA} with its cache, one row"
+            asked = f"{name}: at least twice as fast as {LLAMA} with its cache, one conversation"
             found.append((asked, f"least: {times(value)}x ({described(least)})", value.median >= 2))
     firsts = [k for k in results.seconds if k.task == "first token" and k.contender == OURS]
     if firsts:
