@@ -19,7 +19,7 @@ from rxlm.nn.evaluation_mode import evaluation_mode
 from rxlm.ops.padding import check_ids, padded
 from rxlm.ops.sampling import SamplingSettings, sample, uniform_draw
 from rxlm.rxt.conversation import ConversationState
-from rxlm.rxt.decode_values import DecodeCache, MemoryReading
+from rxlm.rxt.decode_step import DecodeStep, check_compiler
 from rxlm.rxt.model import RxTNetwork
 
 StopReason = Literal["eos", "length", "stopped"]
@@ -65,6 +65,8 @@ class AnswerStream:
         prompts: Sequence[Sequence[int]],
         settings: SamplingSettings | Sequence[SamplingSettings],
         limits: AnswerLimits = AnswerLimits(),  # noqa: B008 (an immutable value)
+        *,
+        compile_decode: bool = False,
     ) -> None:
         """Check the prompts; nothing is computed yet.
 
@@ -74,11 +76,15 @@ class AnswerStream:
             prompts: the ids of each row's query, ``[BOS] [Q] query``; [A] is added if missing.
             settings: how tokens are chosen, for all rows or one a row.
             limits: where answers are cut.
+            compile_decode: run the steps after the prompt compiled (:mod:`rxlm.rxt.decode_step`).
 
         Raises:
             UserError: if the numbers of prompts, settings and conversations differ, or a prompt is
-                empty, holds ids outside the vocabulary, or leaves no room for an answer.
+                empty, holds ids outside the vocabulary, or leaves no room for an answer; if steps
+                should be compiled and there is no compiler.
         """
+        if compile_decode:
+            check_compiler(network.device)
         if len(prompts) != state.batch_size:
             raise UserError(
                 f"{len(prompts)} prompts for {state.batch_size} conversations: give one each."
@@ -94,8 +100,9 @@ class AnswerStream:
         self._answers: list[list[int]] = [[] for _ in prompts]
         self._reasons: list[StopReason | None] = [None for _ in prompts]
         self._pending: list[int | None] | None = None
-        self._memory: MemoryReading | None = None
-        self._cache: DecodeCache | None = None
+        self._compiled = compile_decode
+        self._step: DecodeStep | None = None
+        self._parts = tuple(network.modules())
 
     @property
     def done(self) -> bool:
@@ -157,45 +164,35 @@ class AnswerStream:
             raise StopIteration
         return step
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _next_logits(self) -> Tensor:
-        with evaluation_mode(self.network):
-            if self._pending is None:
+        with evaluation_mode(self.network, self._parts):
+            if self._step is None or self._pending is None:
                 return self._prefill()
             rows = [
                 None if reason is not None else token
                 for token, reason in zip(self._pending, self._reasons, strict=True)
             ]
-            ids, mask = padded([[] if row is None else [row] for row in rows], self._pad_id)
-            return self._advance(ids, mask)[:, -1]
+            return self._step(rows)
 
     def _prefill(self) -> Tensor:
-        weight = self.network.encoder.embedding.weight
-        slots = self._start.slots.to(device=weight.device, dtype=self.network.memory_dtype)
-        self._memory = self.network.decoder.read_memory(slots)
-        ids, mask = padded(self._prompts, self._pad_id)
-        logits_at = mask.sum(dim=1).to(weight.device) - 1
-        rows = torch.arange(len(self._prompts), device=weight.device)
-        return self._advance(ids, mask, (rows, logits_at))[:, 0]
-
-    def _advance(
-        self, ids: Tensor, mask: Tensor, positions: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+        decoder, start = self.network.decoder, self._start
         device = self.network.device
-        start = self._start.carried
-        hidden, self._cache = self.network.decoder(
+        slots = start.slots.to(device=device, dtype=self.network.memory_dtype)
+        memory = decoder.read_memory(slots)
+        ids, mask = padded(self._prompts, self._pad_id)
+        hidden, cache = decoder(
             ids.to(device),
             mask.to(device),
-            memory=self._memory,
-            cache=self._cache,
+            memory=memory,
             # Only the first tokens of a turn start from the turns before.
-            carried=None if start is None or self._cache is not None else start.to(device),
+            carried=None if start.carried is None else start.carried.to(device),
         )
-        if positions is not None:
-            hidden = hidden[positions][:, None]
-        return self.network.decoder.logits(hidden)
+        self._step = DecodeStep(decoder, memory, cache, max(self._room), compiled=self._compiled)
+        rows = torch.arange(len(self._prompts), device=device)
+        return decoder.logits(hidden[rows, mask.sum(dim=1).to(device) - 1])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _choose(self, logits: Tensor) -> list[int]:
         if len(self._settings_groups) == 1:
             ((settings, rows),) = self._settings_groups.items()

@@ -134,6 +134,7 @@ class ReactiveModel(RxTNetwork):
         *,
         max_seq_len: int | None = None,
         max_new_tokens: int | None = None,
+        compile_decode: bool = False,
     ) -> AnswerStream:
         """Return the answers to ``prompts`` as they are written, one token a row and step.
 
@@ -143,14 +144,18 @@ class ReactiveModel(RxTNetwork):
             settings: how tokens are chosen, for all rows or one a row; None: temperature 1.
             max_seq_len: tokens of the whole turn; None or more: the model's ``seq_len``.
             max_new_tokens: tokens of the answer without [EOS]; None: as many as fit.
+            compile_decode: compile the decode step: a minute at the first use of a number of rows
+                and a length of turns, then the same tokens about twice as fast. Needs a C++ compiler on
+                a CPU; with CUDA graphs on CUDA.
 
         Raises:
-            UserError: if a query leaves no room for an answer; nothing is computed then.
+            UserError: if a query leaves no room for an answer, or there is no compiler; nothing is
+                computed then.
         """
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         limits = AnswerLimits(max_seq_len, max_new_tokens)
         chosen = SamplingSettings() if settings is None else settings
-        return AnswerStream(self, state, ids, chosen, limits)
+        return AnswerStream(self, state, ids, chosen, limits, compile_decode=compile_decode)
 
     def generate(
         self,
@@ -160,6 +165,7 @@ class ReactiveModel(RxTNetwork):
         *,
         max_seq_len: int | None = None,
         max_new_tokens: int | None = None,
+        compile_decode: bool = False,
     ) -> Generated:
         """Answer ``prompts``; arguments and errors are those of :meth:`stream`.
 
@@ -173,6 +179,7 @@ class ReactiveModel(RxTNetwork):
             settings,
             max_seq_len=max_seq_len,
             max_new_tokens=max_new_tokens,
+            compile_decode=compile_decode,
         )
         # Entered once here, so that the stream's own, one a token, has nothing to switch.
         with evaluation_mode(self):
