@@ -10,16 +10,18 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 from pydantic import Field
 
 from rxlm.configuration import Config
 from rxlm.data.conversations import Conversation, Interaction
 from rxlm.data.facts import KINDS_BY_NAME
+from rxlm.data.files import CONVERSATION_SUFFIXES, resolve_files
 from rxlm.data.generator import SPLITS, DialogueGenerator, GeneratorConfig
 from rxlm.data.order import random_offset, sample_index
-from rxlm.data.sources import CONVERSATION_SUFFIXES, load_conversations, resolve_files
+from rxlm.data.records import MAX_RECORD_BYTES, DataSummary, OnBadRecord
+from rxlm.data.sources import load_conversations
 from rxlm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -142,20 +144,37 @@ class DataConfig(Config):
     """Column of a data set that holds the text."""
     max_texts: int | None = Field(default=None, gt=1)
     """At most so many texts, the first ones; ``null``: all."""
-    on_error: Literal["raise", "skip"] = "raise"
-    """What to do with rows that cannot be used: stop, or skip, count and log them."""
+    on_bad_record: OnBadRecord = "fail"
+    """What to do with records that cannot be used: ``fail``, or ``skip``, count and log them."""
+    max_record_bytes: int = Field(default=MAX_RECORD_BYTES, gt=0)
+    """Longest line or paragraph; a longer one is a record that cannot be used."""
     generator: GeneratorConfig = GeneratorConfig()
     """The built-in dialogues."""
     seed: int = Field(default=0, ge=0)
     """Of the order in which files are read."""
 
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**_with_new_names(values))
 
-def open_conversations(config: DataConfig, split: str = "train") -> ConversationSource:
+
+def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Read ``on_error: raise`` of older recipes."""
+    known = dict(values)
+    if "on_error" in known and "on_bad_record" not in known:
+        old = known.pop("on_error")
+        known["on_bad_record"] = "fail" if old == "raise" else old
+    return known
+
+
+def open_conversations(
+    config: DataConfig, split: str = "train", summary: DataSummary | None = None
+) -> ConversationSource:
     """Return the conversations of ``split``.
 
     Args:
         config: what to open.
         split: ``'train'``, ``'valid'``, or for the built-in dialogues also ``'test'``.
+        summary: counts what is read and skipped, if given.
 
     Raises:
         UserError: for files that are missing, empty or malformed.
@@ -165,7 +184,8 @@ def open_conversations(config: DataConfig, split: str = "train") -> Conversation
     if split == "valid" and config.valid_dialogues is not None:
         if config.valid_dialogues == BUILTIN:
             return GeneratedConversations(DialogueGenerator(config.generator), split)
-        return _listed(load_conversations(config.valid_dialogues, config.on_error), config, split)
+        files = resolve_files(config.valid_dialogues, CONVERSATION_SUFFIXES)
+        return _listed(_load(files, config, summary), config, split)
     if config.dialogues == BUILTIN:
         return GeneratedConversations(DialogueGenerator(config.generator), split)
     if split == "test":
@@ -177,8 +197,8 @@ def open_conversations(config: DataConfig, split: str = "train") -> Conversation
     training, validation = _train_and_valid_files(files)
     if split == "valid" and validation:
         logger.info("validation: %s", ", ".join(map(str, validation)))
-        return _listed(_load(validation, config), config, split)
-    conversations = _load(training, config)
+        return _listed(_load(validation, config, summary), config, split)
+    conversations = _load(training, config, summary)
     if validation or config.valid_dialogues is not None:
         return _listed(conversations, config, split)
     kept, held_out = _hold_out(conversations, config)
@@ -217,9 +237,15 @@ def _train_and_valid_files(files: Sequence[Path]) -> tuple[list[Path], list[Path
     return training, [file for file in siblings if file.is_file()]
 
 
-def _load(files: Sequence[Path], config: DataConfig) -> list[Conversation]:
+def _load(
+    files: Sequence[Path], config: DataConfig, summary: DataSummary | None
+) -> list[Conversation]:
     return [
-        conversation for file in files for conversation in load_conversations(file, config.on_error)
+        conversation
+        for file in files
+        for conversation in load_conversations(
+            file, config.on_bad_record, max_bytes=config.max_record_bytes, summary=summary
+        )
     ]
 
 

@@ -10,7 +10,8 @@ from typing import Literal
 
 from rxlm.data.conversation_source import ConversationList, DataConfig, open_conversations
 from rxlm.data.dataset_texts import is_dataset, load_dataset_texts
-from rxlm.data.sources import TEXT_SUFFIXES, load_texts, render, resolve_files
+from rxlm.data.files import TEXT_SUFFIXES, resolve_files
+from rxlm.data.sources import load_texts, render
 from rxlm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def open_texts(data: DataConfig, split: Literal["train", "valid"] = "train") -> 
     beside = [file.with_name(file.name.replace(".train.", ".valid.")) for file in training]
     validation = [file for file in beside if file not in training and file.is_file()]
     chosen = validation if split == "valid" and validation else training
-    documents = [text for file in chosen for text in load_texts(file, data.on_error)]
+    documents = [text for file in chosen for text in load_texts(file, data.on_bad_record)]
     documents = documents[: data.max_texts]
     return documents if validation else _held_out_or_not(documents, data, split)
 
