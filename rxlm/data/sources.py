@@ -237,8 +237,10 @@ def _load_rows(
         else:
             problems.append(problem)
     if not num_read:
-        what = "text; expected at least one paragraph." if _is_text(file) else (
-            f"row; expected lines such as {EXAMPLE}"
+        what = (
+            "text; expected at least one paragraph."
+            if _is_text(file)
+            else (f"row; expected lines such as {EXAMPLE}")
         )
         raise UserError(f"{file}: the file holds no {what}")
     if not rows:

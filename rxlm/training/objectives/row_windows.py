@@ -10,6 +10,7 @@ Shapes: B windows, N rows of the longest.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy
 
@@ -55,6 +56,21 @@ def batch_windows(
         num_buckets=num_buckets,
         pad_id=pad_id,
     )
+
+
+class RowSource(Protocol):
+    """Windows of rows by position."""
+
+    name: str
+    """For logs and messages."""
+
+    def size(self, num_rows: int) -> int:
+        """Return the number of windows of at most ``num_rows`` rows in an epoch."""
+        ...
+
+    def sample(self, position: int, num_rows: int) -> list[EncodedTurn]:
+        """Return the window at ``position`` (>= 0) of the endless reading."""
+        ...
 
 
 class TextRows:
