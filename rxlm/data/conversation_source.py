@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rxlm.configuration import Config
 from rxlm.data.conversations import Conversation, Interaction
 from rxlm.data.facts import KINDS_BY_NAME
 from rxlm.data.files import CONVERSATION_SUFFIXES, resolve_files
 from rxlm.data.generator import SPLITS, DialogueGenerator, GeneratorConfig
+from rxlm.data.mixture import StoppingRule
 from rxlm.data.order import random_offset, sample_index
 from rxlm.data.records import MAX_RECORD_BYTES, DataSummary, OnBadRecord
 from rxlm.data.sources import load_conversations
@@ -27,6 +28,7 @@ from rxlm.errors import UserError
 logger = logging.getLogger(__name__)
 
 BUILTIN = "builtin"
+AUTO = "auto"
 
 
 class ConversationSource(Protocol):
@@ -125,6 +127,30 @@ class ConversationList:
         return self._generator.probe_questions(conversation, position, count)
 
 
+class MixtureItem(Config):
+    """One source of a mixture; what it does not say is as in ``data``."""
+
+    text: str | None = None
+    """As ``data.text``."""
+    dialogues: str | None = None
+    """As ``data.dialogues``, read as text; either this or ``text``."""
+    weight: float = Field(gt=0)
+    """Share of the rows, relative to the other sources."""
+    text_split: str | None = None
+    """Split of a data set; ``null``: as in ``data``."""
+    text_field: str | None = None
+    """Column of a data set; ``null``: as in ``data``."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MixtureItem:
+        if (self.text is None) == (self.dialogues is None):
+            raise UserError(
+                f"data.mixture: a source with text={self.text!r} and dialogues={self.dialogues!r}: "
+                "give one of the two."
+            )
+        return self
+
+
 class DataConfig(Config):
     """Which conversations and texts to train on."""
 
@@ -144,6 +170,20 @@ class DataConfig(Config):
     """Column of a data set that holds the text."""
     max_texts: int | None = Field(default=None, gt=1)
     """At most so many texts, the first ones; ``null``: all."""
+    token_cache: str | None = AUTO
+    """Folder in which text is kept as tokens, made once for a content and a tokenizer, and read
+    from there without being loaded; ``auto``: ``$RXLM_CACHE`` or the user's cache folder, for files
+    of 256 MiB or more together; ``null``: text is held in memory."""
+    streaming: bool = False
+    """Whether stage ``lm`` reads ``data.text`` record by record and never holds it as a whole."""
+    stream_block: int = Field(default=1024, gt=0)
+    """Records of a stream that are shuffled together."""
+    mixture: tuple[MixtureItem, ...] = ()
+    """Several texts, read in given ratios, instead of ``text``."""
+    mixture_stop: StoppingRule = "steps"
+    """When a mixture ends: ``steps``: with the run, sources begin anew; ``first_exhausted``: when
+    one source is read through; ``all_exhausted``: when each is. A run that would need more rows
+    than that is refused before it begins."""
     on_bad_record: OnBadRecord = "fail"
     """What to do with records that cannot be used: ``fail``, or ``skip``, count and log them."""
     max_record_bytes: int = Field(default=MAX_RECORD_BYTES, gt=0)
@@ -155,6 +195,25 @@ class DataConfig(Config):
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**_with_new_names(values))
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.mixture and self.text is not None:
+            raise UserError(
+                f"data.text={self.text!r} and data.mixture: give one of the two (a mixture lists "
+                "all its texts)."
+            )
+        if self.streaming and self.text is None:
+            raise UserError(
+                "data.streaming reads data.text record by record, and data.text is not set "
+                "(mixtures and dialogues are not streamed)."
+            )
+        return self
+
+    def of_item(self, item: MixtureItem) -> DataConfig:
+        """Return the configuration that reads one source of the mixture alone."""
+        given = item.model_dump(exclude={"weight"}, exclude_none=True)
+        return self.model_copy(update={"mixture": (), **given})
 
 
 def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:

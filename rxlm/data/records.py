@@ -151,7 +151,7 @@ def _decoded(file: Path, number: int, line: bytes, after: Place) -> _Line:
 def _open(file: Path) -> IO[bytes]:
     if file.name.endswith(".gz"):
         # The buffer makes readline of a GzipFile several times faster.
-        return io.BufferedReader(gzip.open(file, "rb"), 2**18)  # type: ignore[type-var]
+        return io.BufferedReader(gzip.open(file, "rb"), 2**18)
     return file.open("rb", buffering=2**18)
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 
 class LengthGroup(NamedTuple):
-    """Sequences of similar length: ``index`` int64 ``[S, L]`` says where in ``[B * T]`` their
+    """Sequences of similar length: ``places`` int64 ``[S, L]`` says where in ``[B * T]`` their
     tokens are (anything at padding), ``mask`` bool ``[S, L]`` which are real."""
 
-    index: Tensor
+    places: Tensor
     mask: Tensor
 
 
@@ -87,7 +87,7 @@ class PackedLayout(NamedTuple):
         if not self.groups:
             return torch.zeros_like(x)
         flat = x.flatten(0, 1)
-        mixed = [mix(flat[group.index], group.mask)[group.mask] for group in self.groups]
-        places = torch.cat([group.index[group.mask] for group in self.groups])
+        mixed = [mix(flat[group.places], group.mask)[group.mask] for group in self.groups]
+        order = torch.cat([group.places[group.mask] for group in self.groups])
         values = torch.cat(mixed)
-        return values.new_zeros(flat.shape).index_copy(0, places, values).view(x.shape)
+        return values.new_zeros(flat.shape).index_copy(0, order, values).view(x.shape)

@@ -59,6 +59,7 @@ class TrainingLoop:
         self._stop = stop
         self._window = MetricWindow(state.window)
         self._logged = state
+        self._logged_wait = 0.0
 
     def run(self) -> Ending:
         """Make steps; returns why they ended.
@@ -132,6 +133,7 @@ class TrainingLoop:
         self.state = self.state.model_copy(update={"train": means})
         state, before, self._logged = self.state, self._logged, self.state
         seconds = state.seconds - before.seconds
+        waited = self._loader.seconds_waited
         values = {
             **means,
             "lr": rate,
@@ -139,7 +141,9 @@ class TrainingLoop:
             "num_skipped": state.num_skipped,
             "tokens_per_second": (state.num_tokens - before.num_tokens) / max(seconds, 1e-9),
             "seconds": state.seconds,
+            "seconds_waited": waited - self._logged_wait,
         }
+        self._logged_wait = waited
         self._sinks.write("train", state.step, values)
         self._view.report("train", state.step, values)
 

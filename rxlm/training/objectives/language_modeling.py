@@ -11,7 +11,7 @@ Shapes: R rows of a bucket, T tokens of its longest row, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,9 +23,11 @@ from rxlm.configuration import Config
 from rxlm.errors import UserError
 from rxlm.lm.language_model import LanguageModel
 from rxlm.ops.padding import padded
+from rxlm.tokenization.template import EncodedTurn
 from rxlm.training.device import move_to_device
 from rxlm.training.objective import Objective, StepOutput
 from rxlm.training.objectives.row_windows import RowSource
+from rxlm.training.objectives.stream_rows import StreamRows
 
 _RowType = TypeVar("_RowType")
 
@@ -115,7 +117,7 @@ class LMObjective(Objective):
 
     Args:
         model: trained in place, with its tokenizer.
-        train: rows to learn from.
+        train: rows to learn from, at any position or as a stream.
         valid: rows to validate on.
         settings: batch size and the like.
         accumulation: micro-batches of an update.
@@ -126,7 +128,7 @@ class LMObjective(Objective):
     def __init__(
         self,
         model: LanguageModel,
-        train: RowSource,
+        train: RowSource | StreamRows,
         valid: RowSource,
         settings: LMSettings,
         *,
@@ -144,11 +146,13 @@ class LMObjective(Objective):
     def batch(self, step: int, micro_step: int) -> list[LMRows]:
         """Return the rows of a micro-batch: a pure function of the data seed and the position."""
         size = self.settings.batch_size
+        if isinstance(self.train_rows, StreamRows):
+            return self._batch(self.train_rows.micro_batch(step, micro_step, size))
         first = (step * self.accumulation + micro_step) * size
-        return self._batch(self.train_rows, range(first, first + size))
+        return self._batch([self.train_rows.sample(first + index, 1) for index in range(size)])
 
-    def _batch(self, source: RowSource, positions: range) -> list[LMRows]:
-        rows = [[piece.ids for piece in source.sample(position, 1)] for position in positions]
+    def _batch(self, encoded: list[list[EncodedTurn]]) -> list[LMRows]:
+        rows = [[piece.ids for piece in row] for row in encoded]
         buckets, pad_id = self.settings.num_buckets, self.tokenizer.pad_id
         if self.settings.packing:
             return packed_rows(rows, buckets, pad_id)
@@ -169,9 +173,12 @@ class LMObjective(Objective):
 
     def shard(self, batch: list[LMRows], rank: int, size: int) -> list[LMRows]:
         """Return every ``size``-th row of each bucket, so that all processes have equal work."""
-        return [
-            LMRows(*(None if part is None else part[rank::size] for part in rows)) for rows in batch
-        ]
+
+        def part(rows: LMRows) -> LMRows:
+            segments = None if rows.segments is None else rows.segments[rank::size]
+            return LMRows(rows.ids[rank::size], rows.mask[rank::size], segments)
+
+        return [part(rows) for rows in batch]
 
     def count_targets(self, batch: list[LMRows]) -> int:
         """Return how many tokens are predicted."""
@@ -184,7 +191,8 @@ class LMObjective(Objective):
         loss = correct = 0.0
         num_targets = 0
         for first in range(0, total, size):
-            batch = self._batch(self.valid_rows, range(first, min(first + size, total)))
+            positions = range(first, min(first + size, total))
+            batch = self._batch([self.valid_rows.sample(position, 1) for position in positions])
             for bucket in move_to_device(batch, self.model.device):
                 part = next_token_losses(self.model, bucket)
                 loss += float(part[0])
@@ -196,6 +204,39 @@ class LMObjective(Objective):
             "perplexity": math.exp(min(mean, 700.0)),
             "accuracy": correct / num_targets,
         }
+
+    def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note how far training has come in a stream."""
+        if isinstance(self.train_rows, StreamRows):
+            self.train_rows.trained(step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where training is in a stream; rows that are read by position need no state."""
+        return self.train_rows.state_dict() if isinstance(self.train_rows, StreamRows) else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on in the stream where :meth:`state_dict` was."""
+        if not isinstance(self.train_rows, StreamRows):
+            super().load_state_dict(state)
+        elif state:
+            self.train_rows.load_state_dict(state)
+
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Take each lane of a stream from the process that read it."""
+        if isinstance(self.train_rows, StreamRows):
+            return StreamRows.merged(states)
+        return super().merge_states(states)
+
+    def batch_state(self) -> Any:
+        """Return nothing: a batch of a stream depends on its position only, too."""
+        return {}
+
+    def data_summary(self) -> dict[str, Any]:
+        """Return how much was read and what was skipped; of a stream, what was trained on."""
+        summary = super().data_summary()
+        if isinstance(self.train_rows, StreamRows):
+            summary["train"] = self.train_rows.summary().to_dict()
+        return summary
 
     def architecture(self) -> dict[str, Any]:
         """Return the configuration that weights depend on, tokenizer included."""
