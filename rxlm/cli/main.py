@@ -24,7 +24,7 @@ from rxlm import __version__
 from rxlm.cli import console
 from rxlm.errors import RunError, UserError
 
-VERBS = ("doctor", "pipeline", "train", "config", "tokenizer", "chat", "eval", "demo")
+VERBS = ("doctor", "pipeline", "train", "config", "data", "tokenizer", "chat", "eval", "demo")
 MODULE_OF_VERB = {"eval": "evaluate"}
 """Verbs whose module has another name than they (a built-in function is called ``eval``)."""
 

@@ -8,7 +8,6 @@ record means (``sources``), the order of reading (``streaming``).
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import logging
 import zlib
@@ -150,8 +149,8 @@ def _decoded(file: Path, number: int, line: bytes, after: Place) -> _Line:
 
 def _open(file: Path) -> IO[bytes]:
     if file.name.endswith(".gz"):
-        # The buffer makes readline of a GzipFile several times faster.
-        return io.BufferedReader(gzip.open(file, "rb"), 2**18)
+        # No buffer around it: one would lose what comes before the place of a damage.
+        return gzip.open(file, "rb")
     return file.open("rb", buffering=2**18)
 
 

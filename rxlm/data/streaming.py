@@ -154,7 +154,7 @@ class TextStream:
         self.shard, self.num_shards = shard, num_shards
         self.on_bad_record, self._rank = on_bad_record, rank
         # Not a state: going on with an open file only spares looking for the place again.
-        self._open: tuple[BlockPosition, Iterator[_Read | None]] | None = None
+        self._open: tuple[BlockPosition, Iterator[_Read | None], _Read | None] | None = None
 
     def records(self, position: StreamPosition = START) -> Iterator[tuple[str, StreamPosition]]:
         """Yield (text, position behind it) endlessly, from ``position`` on.
@@ -180,9 +180,10 @@ class TextStream:
         found: list[tuple[str, str]] = []
         problems: list[str] = []
         position, empty_epochs = start, 0
-        iterator = self._take_open(start)
-        while len(found) < self.block_records:
-            item = next(iterator)
+        iterator, pending = self._take_open(start)
+        while True:
+            item = next(iterator) if pending is None else pending
+            pending = None
             if item is None:
                 position = self._next_epoch(position)
                 if found:
@@ -196,10 +197,16 @@ class TextStream:
                     )
                 continue
             record, number, after = item
-            position = after._replace(num_records=position.num_records, num_bad=position.num_bad)
+            behind = after._replace(num_records=position.num_records, num_bad=position.num_bad)
             rank = number if self._rank is None else self._rank(number)
             if rank is None or rank % self.num_shards != self.shard:
+                position = behind
                 continue
+            if len(found) == self.block_records:
+                # Looked at only to see whether the epoch goes on: a block never begins at its end.
+                pending = item
+                break
+            position = behind
             position = position._replace(num_records=position.num_records + 1)
             if record.problem is None:
                 found.append((record.value, record.where))
@@ -208,15 +215,17 @@ class TextStream:
             else:
                 problems.append(record.problem)
                 position = position._replace(num_bad=position.num_bad + 1)
-        self._open = (position, iterator)
+        self._open = (position, iterator, pending)
         if self.block_records > 1:
             order = block_order(self.seed, start.epoch, start.number, len(found))
             found = [found[index] for index in order]
         return StreamBlock([text for text, _ in found], [at for _, at in found], problems, position)
 
-    def _take_open(self, start: BlockPosition) -> Iterator[_Read | None]:
+    def _take_open(self, start: BlockPosition) -> tuple[Iterator[_Read | None], _Read | None]:
         opened, self._open = self._open, None
-        return opened[1] if opened is not None and opened[0] == start else self._read(start)
+        if opened is not None and opened[0] == start:
+            return opened[1], opened[2]
+        return self._read(start), None
 
     @staticmethod
     def _next_epoch(position: BlockPosition) -> BlockPosition:

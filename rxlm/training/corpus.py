@@ -274,8 +274,12 @@ def open_stream(
 
 def _first_epoch(stream: TextStream, limit: int) -> list[str]:
     reading = itertools.islice(stream.records(), limit)
-    first = itertools.takewhile(lambda item: item[1].block.epoch == 0, reading)
-    return [text for text, _ in first]
+    texts = []
+    for text, behind in reading:
+        texts.append(text)
+        if behind.block.epoch > 0:
+            break
+    return texts
 
 
 def _record_source(data: DataConfig, split: Split) -> tuple[RecordSource, bool]:

@@ -40,7 +40,8 @@ _SIZES_OF_MEMORY = ("num_layers", "embed_dim", "att_heads", "stm_size", "seq_len
 _NO_EFFECT_ON_RESULT = frozenset(
     {
         "device", "threads", "prefetch", "prefetch_workers", "gradient_checkpointing", "strategy",
-        "deepspeed", "log_every", "save_every", "keep_last", "loggers", "wandb_project", "trackio_project",
+        "deepspeed", "log_every", "save_every", "keep_last", "loggers", "wandb_project",
+        "trackio_project",
     }
 )  # fmt: skip
 
