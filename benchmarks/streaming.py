@@ -87,9 +87,8 @@ def main() -> None:
         if num_bytes >= (len(curve) + 1) * min(5e8, goal / 20):
             curve.append((num_bytes / 1e9, resident_bytes() / 1e6))
             seconds = time.perf_counter() - begin
-            print(
-                f"{curve[-1][0]:6.2f} GB  RSS {curve[-1][1]:7.1f} MB  {seconds:6.1f} s", flush=True
-            )
+            size, memory = curve[-1]
+            print(f"{size:6.2f} GB  RSS {memory:7.1f} MB  {seconds:6.1f} s", flush=True)
     seconds = time.perf_counter() - begin
     assert middle is not None
     saved = json.dumps(middle.to_json())
@@ -110,7 +109,8 @@ def main() -> None:
         "resumed_at": middle.to_json(),
         "records_compared": len(expected),
         "resumed_exactly": found == expected,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
+        "python": platform.python_version(),
     }
     print(json.dumps(report, indent=2))
     if options.json:
