@@ -61,8 +61,9 @@ def count_records(
 def percentiles(values: array[int]) -> dict[str, float]:
     """Return the mean and :data:`PERCENTILES` (the value that so many percent do not exceed)."""
     ordered = sorted(values)
-    last = len(ordered) - 1
-    found = {f"p{share}": float(ordered[-(-share * last // 100)]) for share in PERCENTILES}
+    # The nearest rank: a value that occurs, never one in between.
+    ranks = {share: max(0, -(-share * len(ordered) // 100) - 1) for share in PERCENTILES}
+    found = {f"p{share}": float(ordered[rank]) for share, rank in ranks.items()}
     return {"mean": sum(ordered) / len(ordered), **found}
 
 
