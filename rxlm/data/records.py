@@ -147,7 +147,7 @@ def _decoded(file: Path, number: int, line: bytes, after: Place) -> _Line:
     return _Line(number, text, None, after)
 
 
-def _open(file: Path) -> IO[bytes]:
+def _open(file: Path) -> IO[bytes] | gzip.GzipFile:
     if file.name.endswith(".gz"):
         # No buffer around it: one would lose what comes before the place of a damage.
         return gzip.open(file, "rb")

@@ -22,7 +22,6 @@ from rxlm.data.dataset_texts import (
     DatasetRecords,
     is_dataset,
     iter_dataset_texts,
-    saved_files,
 )
 from rxlm.data.mixture import Mixture
 from rxlm.data.records import DataSummary
@@ -43,17 +42,16 @@ from rxlm.training.objectives.stream_rows import StreamRows
 from rxlm.training.texts import (
     Split,
     hold_out_every,
+    is_large,
     iter_documents,
     open_documents,
     require_text,
     split_documents,
     split_files,
+    text_files,
 )
 
 logger = logging.getLogger(__name__)
-
-LARGE = 256 * 2**20
-"""Bytes of files from which on ``token_cache='auto'`` maps tokens instead of holding them."""
 
 
 class RowSettings(NamedTuple):
@@ -164,14 +162,7 @@ def token_cache(data: DataConfig, split: Split) -> Path | None:
                 "folder (save_to_disk), set data.streaming=true, or leave token_cache out."
             )
         return Path(data.token_cache).expanduser()
-    if on_the_hub or sum(file.stat().st_size for file in _files(data, split)) < LARGE:
-        return None
-    return default_cache()
-
-
-def _files(data: DataConfig, split: Split) -> list[Path]:
-    text = require_text(data)
-    return saved_files(text) if is_dataset(text) else split_files(data, split).files
+    return default_cache() if is_large(data, split) else None
 
 
 def _open_store(
@@ -183,7 +174,7 @@ def _open_store(
 ) -> tuple[TokenStore, numpy.ndarray | None]:
     """Return the store of the files of a split, and which of its documents belong to it."""
     text = require_text(data)
-    files = _files(data, split)
+    files = text_files(data, split)
     options: dict[str, Any] = {
         "on_bad_record": data.on_bad_record,
         "max_record_bytes": data.max_record_bytes,
@@ -239,32 +230,11 @@ def open_stream(
     Raises:
         UserError: for data that cannot be used.
     """
-    every = hold_out_every(data)
-    train, is_shared = _record_source(data, "train")
-    valid, _ = _record_source(data, "valid")
     if data.max_texts is not None:
         raise UserError("data.max_texts with data.streaming: a stream is endless; leave it out.")
-
-    def trained(number: int) -> int | None:
-        return None if number % every == every - 1 else number - number // every
-
-    def held_out_rank(number: int) -> int | None:
-        return number // every if number % every == every - 1 else None
-
-    def stream(source: RecordSource, lane: int, *, held_out: bool) -> TextStream:
-        return TextStream(
-            source,
-            seed=data.seed,
-            block_records=1 if held_out else data.stream_block,
-            shard=0 if held_out else lane,
-            num_shards=1 if held_out else num_lanes,
-            on_bad_record=data.on_bad_record,
-            rank=(held_out_rank if held_out else trained) if is_shared else None,
-        )
-
-    lanes = [stream(train, lane, held_out=False) for lane in range(num_lanes)]
+    lanes = [_stream(data, "train", lane, num_lanes) for lane in range(num_lanes)]
     tokenizer, length = settings.tokenizer, settings.length
-    found = _first_epoch(stream(valid, 0, held_out=True), num_valid_documents)
+    found = stream_validation_texts(data, num_valid_documents)
     rows = TextRows(found, tokenizer, length, data.seed, f"{data.text} (valid)")
     return (
         StreamRows(lanes, tokenizer, length, packing=settings.packing),
@@ -272,14 +242,35 @@ def open_stream(
     )
 
 
-def _first_epoch(stream: TextStream, limit: int) -> list[str]:
-    reading = itertools.islice(stream.records(), limit)
+def stream_validation_texts(data: DataConfig, limit: int) -> list[str]:
+    """Return the first ``limit`` validation documents of a stream."""
     texts = []
-    for text, behind in reading:
+    for text, behind in itertools.islice(_stream(data, "valid", 0, 1).records(), limit):
         texts.append(text)
         if behind.block.epoch > 0:
             break
     return texts
+
+
+def _stream(data: DataConfig, split: Split, lane: int, num_lanes: int) -> TextStream:
+    every = hold_out_every(data)
+    source, is_shared = _record_source(data, split)
+
+    def trained(number: int) -> int | None:
+        return None if number % every == every - 1 else number - number // every
+
+    def held_out(number: int) -> int | None:
+        return number // every if number % every == every - 1 else None
+
+    return TextStream(
+        source,
+        seed=data.seed,
+        block_records=1 if split == "valid" else data.stream_block,
+        shard=lane,
+        num_shards=num_lanes,
+        on_bad_record=data.on_bad_record,
+        rank=(held_out if split == "valid" else trained) if is_shared else None,
+    )
 
 
 def _record_source(data: DataConfig, split: Split) -> tuple[RecordSource, bool]:

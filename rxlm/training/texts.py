@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rxlm.data.conversation_source import ConversationList, DataConfig, open_conversations
-from rxlm.data.dataset_texts import is_dataset, iter_dataset_texts, load_dataset_texts
+from rxlm.data.dataset_texts import (
+    HUB_PREFIX,
+    is_dataset,
+    iter_dataset_texts,
+    load_dataset_texts,
+    saved_files,
+)
 from rxlm.data.files import TEXT_SUFFIXES, resolve_files
 from rxlm.data.records import DataSummary
 from rxlm.data.sources import HOW_TO_SKIP, load_texts, read_parsed, render, text_parser
@@ -25,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 Split = Literal["train", "valid"]
+
+LARGE = 256 * 2**20
+"""Bytes of files from which on ``token_cache='auto'`` maps tokens instead of holding text."""
 
 
 class SplitFiles(NamedTuple):
@@ -139,6 +148,53 @@ def iter_documents(files: list[Path], data: DataConfig, summary: DataSummary) ->
                 yield text
         if not usable:
             raise UserError(f"{file}: holds no usable record. See: rxlm data check {file}")
+
+
+def iter_texts(data: DataConfig, split: Split, summary: DataSummary) -> Iterator[str]:
+    """Yield what :func:`open_texts` returns; a large text is not held, but read twice.
+
+    Raises:
+        UserError: as :func:`open_texts`; of a large text when the bad record is met.
+    """
+    if data.mixture:
+        for item in data.mixture:
+            part = data.of_item(item)
+            if part.text is None:
+                yield from open_documents(part, split, 1, 1, summary)
+            else:
+                yield from iter_texts(part, split, summary)
+    elif is_large(data, split) and not is_dataset(require_text(data)):
+        yield from _large_texts(data, split, summary)
+    else:
+        yield from open_texts(data, split, summary)
+
+
+def _large_texts(data: DataConfig, split: Split, summary: DataSummary) -> Iterator[str]:
+    files, is_shared = split_files(data, split)
+    documents = itertools.islice(iter_documents(files, data, summary), data.max_texts)
+    if not is_shared:
+        yield from documents
+        return
+    counted = itertools.islice(iter_documents(files, data, DataSummary()), data.max_texts)
+    chosen = iter(split_documents(sum(1 for _ in counted), data, split).tolist())
+    wanted = next(chosen, None)
+    for number, document in enumerate(documents):
+        if number == wanted:
+            yield document
+            wanted = next(chosen, None)
+
+
+def text_files(data: DataConfig, split: Split) -> list[Path]:
+    """Return the files that hold the text of a split; all those of a saved data set."""
+    text = require_text(data)
+    return saved_files(text) if is_dataset(text) else split_files(data, split).files
+
+
+def is_large(data: DataConfig, split: Split) -> bool:
+    """Return whether the files of a text are too large to be held in memory lightly."""
+    if require_text(data).startswith(HUB_PREFIX):
+        return False
+    return sum(file.stat().st_size for file in text_files(data, split)) >= LARGE
 
 
 def stream_texts(data: DataConfig, limit: int, summary: DataSummary) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from pydantic import Field
 
@@ -19,7 +19,7 @@ from rxlm.data.conversation_source import DataConfig, conversation_texts, open_c
 from rxlm.data.records import DataSummary
 from rxlm.tokenization import Tokenizer, TokenizerTraining, train_tokenizer
 from rxlm.training.run_folder import RunFolder, RunStatus
-from rxlm.training.texts import open_texts, stream_texts
+from rxlm.training.texts import iter_texts, stream_texts
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +55,14 @@ def tokenizer_texts(
     else:
         count, turns = source.size, _WHOLE
     conversations = (source.sample(position, turns) for position in range(count))
-    texts: Iterable[str] = []
+    texts: Iterator[str] = iter(())
     if data.streaming:
         texts = stream_texts(data, settings.texts, summary)
     elif data.text is not None or data.mixture:
-        texts = open_texts(data, summary=summary)
+        texts = iter_texts(data, "train", summary)
+        # What is wrong with a text that is held in memory is found out here.
+        first = list(itertools.islice(texts, 1))
+        texts = itertools.chain(first, texts)
     return itertools.chain(conversation_texts(conversations), texts)
 
 

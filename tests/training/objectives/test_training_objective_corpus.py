@@ -16,15 +16,23 @@ from rxlm.data.records import DataSummary
 from rxlm.errors import UserError
 from rxlm.lm import LanguageModel
 from rxlm.tokenization import Tokenizer
-from rxlm.training.corpus import RowSettings, check_long_enough, open_rows, open_stream
+from rxlm.training.corpus import (
+    RowSettings,
+    check_long_enough,
+    open_rows,
+    open_stream,
+    token_cache,
+)
 from rxlm.training.metrics import TIMING_FIELDS, read_metrics
 from rxlm.training.objectives.language_modeling import LMObjective, LMSettings
 from rxlm.training.objectives.packed_rows import PackedRows, pack_lengths
 from rxlm.training.objectives.row_windows import TextRows
 from rxlm.training.run_folder import RunFolder
 from rxlm.training.settings import TrainSettings
+from rxlm.training.texts import Split, iter_texts, open_texts
 from rxlm.training.trainer import Trainer
 
+SPLITS: tuple[Split, ...] = ("train", "valid")
 TEXTS = [f"Text number {number}: " + "word and " * (number % 13) for number in range(61)]
 
 
@@ -232,3 +240,29 @@ def test_mixture_rows(tmp_path: Path, corpus: str, tiny_tokenizer: Tokenizer) ->
     check_long_enough(rows, 1, 8, 5)
     endless = DataConfig.parse({"mixture": mixture})
     check_long_enough(open_rows(endless, "train", settings), 1, 8, 10**6)
+
+
+@pytest.mark.parametrize("max_texts", [None, 50])
+def test_large_texts_are_not_held(
+    tmp_path: Path,
+    corpus: str,
+    tiny_tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    max_texts: int | None,
+) -> None:
+    """Catches other documents in a split when the text is too large to hold, and a default cache
+    that is not used, or not where it was asked for."""
+    data = DataConfig(text=corpus, max_texts=max_texts)
+    wanted = {split: open_texts(data, split) for split in SPLITS}
+    monkeypatch.setattr("rxlm.training.texts.LARGE", 1)
+    monkeypatch.setenv("RXLM_CACHE", str(tmp_path / "cache"))
+    for split in SPLITS:
+        assert list(iter_texts(data, split, DataSummary())) == wanted[split]
+        assert token_cache(data, split) == tmp_path / "cache" / "tokens"
+        rows = open_rows(data, split, RowSettings(tiny_tokenizer, 300))
+        assert rows.size(1) == len(wanted[split])
+    (store,) = [item for item in (tmp_path / "cache" / "tokens").iterdir() if item.suffix == ""]
+    assert (store / "info.json").is_file()
+    assert token_cache(data.model_copy(update={"token_cache": None}), "train") is None
+    with pytest.raises(UserError, match="cannot be known by its content"):
+        token_cache(DataConfig(text="hf://a/b", token_cache="x"), "train")
