@@ -145,8 +145,8 @@ class ReactiveModel(RxTNetwork):
             max_seq_len: tokens of the whole turn; None or more: the model's ``seq_len``.
             max_new_tokens: tokens of the answer without [EOS]; None: as many as fit.
             compile_decode: compile the decode step: a minute at the first use of a number of rows
-                and a length of turns, then the same tokens about twice as fast. Needs a C++ compiler on
-                a CPU; with CUDA graphs on CUDA.
+                and a length of turns, then the same tokens about twice as fast. Needs a C++
+                compiler on a CPU; with CUDA graphs on CUDA.
 
         Raises:
             UserError: if a query leaves no room for an answer, or there is no compiler; nothing is

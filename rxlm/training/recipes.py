@@ -39,9 +39,9 @@ _NUMBERED = re.compile(r"\d+_.+\.ya?ml\Z")
 _SIZES_OF_MEMORY = ("num_layers", "embed_dim", "att_heads", "stm_size", "seq_len")
 _NO_EFFECT_ON_RESULT = frozenset(
     {
-        "device", "threads", "prefetch", "gradient_checkpointing", "strategy", "deepspeed",
-        "log_every", "save_every", "keep_last", "loggers", "wandb_project", "trackio_project",
-        "watch",
+        "device", "threads", "prefetch", "prefetch_workers", "gradient_checkpointing", "strategy",
+        "deepspeed", "log_every", "save_every", "keep_last", "loggers", "wandb_project",
+        "trackio_project", "watch",
     }
 )  # fmt: skip
 
@@ -326,6 +326,8 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
 def result_values(recipe: Recipe) -> dict[str, Any]:
     """Return the part of :func:`recipe_values` that decides what the stage makes."""
     values = recipe_values(recipe)
+    # Where tokens are kept changes nothing about them.
+    del values["data"]["token_cache"]
     if recipe.stage == "tokenizer":
         return {name: values[name] for name in ("stage", "data", "tokenizer", "objective")}
     for name in ("tokenizer", "evaluation"):
