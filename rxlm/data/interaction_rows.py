@@ -65,8 +65,8 @@ def parse_interaction(item: Any, where: str) -> Interaction:
             )
     kind, distance = item.get("kind"), item.get("distance")
     return Interaction(
-        query=query,
-        answer=answer,
+        query=str(query),
+        answer=str(answer),
         kind=kind if kind in INTERACTION_KINDS else "chat",
         fact=item["fact"] if isinstance(item.get("fact"), str) else None,
         value=item["value"] if isinstance(item.get("value"), str) else None,

@@ -106,9 +106,7 @@ def chat_template(
         "{{- raise_exception('unknown role: ' ~ message['role']) -}}",
         "{%- endif -%}",
         "{%- endfor -%}",
-        "{%- if add_generation_prompt -%}"
-        + _generation_prompt(special, template)
-        + "{%- endif -%}",
+        "{%- if add_generation_prompt -%}" + prompt + "{%- endif -%}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -86,7 +86,7 @@ class InteractionTemplate(Config):
 
     def given_sections(self, parts: Mapping[str, str | None]) -> list[Section]:
         """Return what stands before the model speaks; arguments and errors as :meth:`sections`."""
-        self.check_names(parts)
+        self.check_names(name for name in parts if parts[name] is not None)
         openers = [name for name in OPENERS if parts.get(name) is not None]
         if len(openers) != 1:
             raise UserError(
