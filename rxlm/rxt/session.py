@@ -51,7 +51,7 @@ from rxlm.rxt.session_events import (
 )
 from rxlm.rxt.session_files import StoredSession, read_session, write_session
 from rxlm.rxt.tools import MAX_TOOL_ROUNDS, Tool, ToolResult, check_tools, refuse_call, run_tool
-from rxlm.tokenization import PartStream, encode_given, parse_parts
+from rxlm.tokenization import PartStream, encode_given, parse_parts, parse_sections
 
 __all__ = [
     "UNDO_DEPTH",
@@ -373,10 +373,12 @@ class Session:
         return end
 
     def _said(self, answer: Answer) -> dict[str, str]:
-        """Return the parts of an answer; that of a model without a form is all answer."""
+        """Return the parts of a turn; what a model without a form says is all answer."""
         tokenizer = self.model.require_tokenizer()
         if not self.model.thinks:
-            return {"answer": tokenizer.decode(answer.ids)}
+            (first, *_) = parse_sections(tokenizer, answer.turn)
+            internal = {"internal": first.text} if first.name == "internal" else {}
+            return {**internal, "answer": tokenizer.decode(answer.ids)}
         return {"answer": "", **parse_parts(tokenizer, answer.turn)}
 
     def ask(self, text: str, *, settings: SamplingSettings | None = None) -> str:
