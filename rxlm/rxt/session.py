@@ -305,8 +305,9 @@ class Session:
         form = self.model.answer_form(self.thinking_mode)
         try:
             self._prompt({"tool_use": result.text}, form)
-        except UserError as error:
-            return ToolResult(result.name, f"error: the result is too long: {error}", failed=True)
+        except UserError:
+            # In as few words as can be: a long message would not fit either.
+            return ToolResult(result.name, "error: the result is too long", failed=True)
         return result
 
     def _prompt(self, given: Mapping[str, str | None], form: AnswerForm | None) -> list[int]:

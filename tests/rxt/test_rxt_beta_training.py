@@ -63,7 +63,7 @@ def beta(conversations: list[Conversation]) -> Iterator[RxTBeta]:
     tokenizer = train_tokenizer(
         list(conversation_texts(conversations)) * 4, TokenizerTraining(vocab_size=340)
     )
-    sizes = {"num_layers": 1, "embed_dim": 32, "att_heads": 2, "stm_size": 4, "seq_len": SEQ_LEN}
+    sizes = {"num_layers": 1, "embed_dim": 32, "att_heads": 4, "stm_size": 4, "seq_len": SEQ_LEN}
     component = {
         **sizes,
         "vocab_size": tokenizer.vocab_size,
@@ -85,9 +85,10 @@ def beta(conversations: list[Conversation]) -> Iterator[RxTBeta]:
         seed=0,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(120):
+    batch = objective.batch(0, 0)
+    for step in range(80):
         optimizer.zero_grad()
-        output = objective.loss(objective.batch(step, 0), step)
+        output = objective.loss(batch, step)
         output.loss.backward()
         optimizer.step()
     torch.set_num_threads(before)
