@@ -74,11 +74,12 @@ def build_model(recipe: ModelRecipe, inputs: StageInputs) -> RxTAlpha:
     source = RxTAlpha.from_pretrained(inputs.model_folder)
     if recipe.model is None:
         return source
+    cls = recipe_class(recipe, inputs.model_folder)
     config = model_config(recipe.model, source.require_tokenizer())
     check_same_architecture(source.config, config, inputs.model_folder)
     # Built anew, since dropout and the like may differ between stages.
     with isolated_random_state(0):
-        model = recipe_class(recipe, inputs.model_folder).from_config(config, source.tokenizer)
+        model = cls.from_config(config, source.tokenizer)
     model.load_state_dict(source.state_dict())
     return model
 
