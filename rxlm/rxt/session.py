@@ -10,14 +10,14 @@ A model that thinks (RxTBeta) also has thinking modes, and tools that are run be
 
     session = model.session(tools={"weather": weather}, thinking_mode="auto")
 
-Not here: the files (``session_files``), the events (``session_events``), how a turn is kept when
-its reader leaves (``held``), how a tool is run (``tools``).
+Not here: the files (``session_files``), the events (``session_events``), one turn of it
+(``session_turns``), how a turn is kept when its reader leaves (``held``), how a tool is run
+(``tools``).
 Shapes: L layers, S slots, D width.
 """
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
@@ -26,9 +26,9 @@ from typing import Any, NamedTuple, cast, get_args
 from rxlm.data.conversations import Interaction
 from rxlm.errors import UserError
 from rxlm.ops.sampling import SamplingSettings
-from rxlm.rxt.answer_form import AnswerForm, ThinkingMode
+from rxlm.rxt.answer_form import ThinkingMode
 from rxlm.rxt.conversation import ConversationState
-from rxlm.rxt.generation import Answer, AnswerLimits, answer_room, opened_prompt
+from rxlm.rxt.generation import AnswerLimits
 from rxlm.rxt.held import (
     EarlyStop,
     HeldConversation,
@@ -39,7 +39,6 @@ from rxlm.rxt.held import (
 )
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.rxt.session_events import (
-    DELTAS,
     Event,
     MemoryUpdated,
     Stats,
@@ -50,8 +49,8 @@ from rxlm.rxt.session_events import (
     write_size,
 )
 from rxlm.rxt.session_files import StoredSession, read_session, write_session
+from rxlm.rxt.session_turns import checked_prompt, parts_of_turn, turn_events
 from rxlm.rxt.tools import MAX_TOOL_ROUNDS, Tool, ToolResult, check_tools, refuse_call, run_tool
-from rxlm.tokenization import PartStream, encode_given, parse_parts, parse_sections
 
 __all__ = [
     "UNDO_DEPTH",
@@ -304,24 +303,18 @@ class Session:
         result = run_tool(self._tools, call)
         form = self.model.answer_form(self.thinking_mode)
         try:
-            self._prompt({"tool_use": result.text}, form)
+            checked_prompt(self.model, {"tool_use": result.text}, form, self.max_seq_len)
         except UserError:
             # In as few words as can be: a long message would not fit either.
             return ToolResult(result.name, "error: the result is too long", failed=True)
         return result
-
-    def _prompt(self, given: Mapping[str, str | None], form: AnswerForm | None) -> list[int]:
-        ids = encode_given(self.model.require_tokenizer(), given)
-        prompt = opened_prompt(ids, self.model.config.tokenizer.answer_token_id, form)
-        answer_room(self.model, prompt, AnswerLimits(self.max_seq_len), form)
-        return prompt
 
     def _open_turn(
         self, given: Mapping[str, str | None], options: _TurnOptions, tool_calls: bool = True
     ) -> Generator[Event, None, TurnEnd]:
         """Check at once that the turn fits; it is begun when its first event is asked for."""
         form = self.model.answer_form(options.thinking_mode, tool_calls)
-        prompt = self._prompt(given, form)
+        prompt = checked_prompt(self.model, given, form, self.max_seq_len)
 
         def events() -> Generator[Event, None, TurnEnd]:
             turn = self._held.begin(
@@ -334,53 +327,10 @@ class Session:
             )
             self._open = turn
             with self._held.reading(turn):
-                return (yield from self._events(turn, prompt, form, options.memory_update))
+                events = turn_events(self._held, turn, prompt, form, options.memory_update)
+                return (yield from events)
 
         return events()
-
-    def _events(
-        self,
-        turn: OpenTurn,
-        prompt: list[int],
-        form: AnswerForm | None,
-        memory_update: MemoryUpdate,
-    ) -> Generator[Event, None, TurnEnd]:
-        opening = "answer" if form is None else form.part_of(form.opening_of(prompt))
-        parts = PartStream(self.model.require_tokenizer(), opening)
-        tokens = self._held.tokens(turn)
-        seconds = 0.0
-        while True:
-            started = time.perf_counter()
-            token = next(tokens, None)
-            seconds += time.perf_counter() - started
-            for section in parts.flush() if token is None else parts.push(token):
-                yield DELTAS[section.name](section.text)
-            if token is None:
-                break
-        answer = turn.stream.answers()[0]
-        num_tokens = turn.stream.num_tokens
-        memory_seconds = None
-        said = self._said(answer)
-        end = TurnEnd(answer.reason, said["answer"], said.get("think"), said.get("tool_call"))
-        if memory_update == "background":
-            self._held.commit_in_background(turn)
-            yield end
-        else:
-            yield end
-            written = self._held.commit(turn)
-            memory_seconds = written.seconds
-            yield MemoryUpdated(write_size(written))
-        yield Stats(num_tokens, seconds, num_tokens / max(seconds, 1e-9), memory_seconds)
-        return end
-
-    def _said(self, answer: Answer) -> dict[str, str]:
-        """Return the parts of a turn; what a model without a form says is all answer."""
-        tokenizer = self.model.require_tokenizer()
-        if not self.model.thinks:
-            (first, *_) = parse_sections(tokenizer, answer.turn)
-            internal = {"internal": first.text} if first.name == "internal" else {}
-            return {**internal, "answer": tokenizer.decode(answer.ids)}
-        return {"answer": "", **parse_parts(tokenizer, answer.turn)}
 
     def ask(self, text: str, *, settings: SamplingSettings | None = None) -> str:
         """Say ``text`` and return the whole answer; after tool calls, the last one."""
@@ -475,7 +425,7 @@ class Session:
         )
 
     def _on_commit(self, written: WrittenTurn) -> None:
-        said = self._said(written.answer)
+        said = parts_of_turn(self.model, written.answer)
         turn = Interaction(
             written.query,
             said["answer"],

@@ -44,7 +44,7 @@ def test_targets_are_what_the_template_says(tiny: Any, stage: type, settings: An
     model.set_tokenizer(tokenizer)
     objective = stage(model, source, source, TurnEncoder(tokenizer, 64), settings, seed=0)
     batch = objective.batch(0, 0)
-    assert float(objective.loss(batch, 0).loss) > 0
+    assert objective.loss(batch, 0).loss.item() > 0
     batch = getattr(batch, "dialogues", batch)
     rendered = [render_parts(tokenizer, turn.parts()) for turn in TURNS]
     found = {
