@@ -271,13 +271,12 @@ def open_conversations(
 
 
 def conversation_texts(conversations: Iterable[Conversation]) -> Iterator[str]:
-    """Yield every system text, query and answer: what a tokenizer is trained on."""
+    """Yield every system text and part of a turn: what a tokenizer is trained on."""
     for conversation in conversations:
         if conversation.system is not None:
             yield conversation.system
         for interaction in conversation.interactions:
-            yield interaction.query
-            yield interaction.answer
+            yield from interaction.parts().values()
 
 
 def _train_and_valid_files(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:

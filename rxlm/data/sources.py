@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rxlm.data.conversations import INTERACTION_KINDS, Conversation, Interaction
+from rxlm.data.conversations import Conversation
 from rxlm.data.files import CONVERSATION_SUFFIXES, TEXT_SUFFIXES, resolve_files
+from rxlm.data.interaction_rows import parse_interaction, shown
 from rxlm.data.records import (
     EXAMPLE,
     MAX_RECORD_BYTES,
@@ -104,24 +105,24 @@ def parse_conversation(row: Any, where: str) -> Conversation:
         UserError: beginning with ``where`` and naming field, expectation and remedy.
     """
     if not isinstance(row, Mapping):
-        raise UserError(f"{where}: expected an object such as {EXAMPLE}, got {_shown(row)}.")
+        raise UserError(f"{where}: expected an object such as {EXAMPLE}, got {shown(row)}.")
     interactions = row.get("interactions")
     if not isinstance(interactions, list) or not interactions:
         found = ", ".join(map(str, row)) or "none"
         raise UserError(
             f"{where}: field 'interactions': expected a non-empty list of objects with 'query' and "
-            f"'answer', got {_shown(interactions)} (fields of the row: {found}). Write rows such "
+            f"'answer', got {shown(interactions)} (fields of the row: {found}). Write rows such "
             f"as {EXAMPLE}"
         )
     system = row.get("system")
     if system is not None and not isinstance(system, str):
         raise UserError(
-            f"{where}: field 'system': expected text or nothing, got {_shown(system)}. "
+            f"{where}: field 'system': expected text or nothing, got {shown(system)}. "
             f"Make it a string or leave it out."
         )
     return Conversation(
         interactions=tuple(
-            _parse_interaction(item, f"{where}: field 'interactions[{turn}]")
+            parse_interaction(item, f"{where}: field 'interactions[{turn}]")
             for turn, item in enumerate(interactions)
         ),
         system=system,
@@ -141,55 +142,18 @@ def parse_text(row: Any, where: str) -> str:
     text = row.get("text") if isinstance(row, Mapping) else None
     if not isinstance(text, str) or not text.strip():
         raise UserError(
-            f"{where}: field 'text': expected non-empty text, got {_shown(text)}. Write rows such "
+            f"{where}: field 'text': expected non-empty text, got {shown(text)}. Write rows such "
             f'as {{"text": "Once upon a time ..."}}'
         )
     return text
 
 
 def render(conversation: Conversation) -> str:
-    """Return a conversation as plain text: the system text, then queries and answers in turn."""
+    """Return a conversation as plain text: the system text, then the parts of each turn."""
     lines = [] if conversation.system is None else [conversation.system]
     for interaction in conversation.interactions:
-        lines += [interaction.query, interaction.answer]
+        lines += interaction.parts().values()
     return "\n".join(lines)
-
-
-def _parse_interaction(item: Any, where: str) -> Interaction:
-    """``where`` ends in an open quote: the name of the field is completed here."""
-    if not isinstance(item, Mapping):
-        raise UserError(
-            f"{where}': expected an object with 'query' and 'answer', got {_shown(item)}."
-        )
-    for field in ("query", "answer"):
-        text = item.get(field)
-        # A user may say nothing (dialogue data marks silence so); an answer is what is learned.
-        if not isinstance(text, str) or (field == "answer" and not text.strip()):
-            raise UserError(
-                f"{where}.{field}': expected {'non-empty ' if field == 'answer' else ''}text, got "
-                f"{_shown(text)}. Fill it in, or remove the turn."
-            )
-    kind, distance = item.get("kind"), item.get("distance")
-    return Interaction(
-        query=item["query"],
-        answer=item["answer"],
-        kind=kind if kind in INTERACTION_KINDS else "chat",
-        fact=item["fact"] if isinstance(item.get("fact"), str) else None,
-        value=item["value"] if isinstance(item.get("value"), str) else None,
-        stale=tuple(_strings(item.get("stale"))),
-        distance=distance if type(distance) is int and distance >= 1 else None,
-        told=tuple(
-            (pair[0], pair[1]) for pair in map(_strings, _items(item.get("told"))) if len(pair) == 2
-        ),
-    )
-
-
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _strings(value: Any) -> list[str]:
-    return [item for item in _items(value) if isinstance(item, str)]
 
 
 def read_parsed(
@@ -262,11 +226,3 @@ def check_on_bad_record(value: str) -> None:
 
 def _is_text(file: Path) -> bool:
     return file.name.endswith((".txt", ".txt.gz"))
-
-
-def _shown(value: Any) -> str:
-    """Return ``value`` as JSON-like text that is short enough for a message."""
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -18,6 +18,7 @@ from rxlm.errors import UserError
 from rxlm.nn.evaluation_mode import evaluation_mode
 from rxlm.ops.padding import check_ids, padded
 from rxlm.ops.sampling import SamplingSettings, sample, uniform_draw
+from rxlm.rxt.answer_form import AnswerForm
 from rxlm.rxt.conversation import ConversationState
 from rxlm.rxt.decode_step import DecodeStep, check_compiler
 from rxlm.rxt.model import RxTNetwork
@@ -28,9 +29,10 @@ StopReason = Literal["eos", "length", "stopped"]
 class Answer(NamedTuple):
     """One finished answer.
 
-    ``ids``: the answer, without [A] and [EOS]; ``reason``: the model ended it ('eos'), it was cut
-    ('length'), or the reader stopped ('stopped'); ``turn``: the whole turn as it enters memory,
-    ``[BOS] ... [A] answer [EOS]``, whatever the reason.
+    ``ids``: the answer, without [A] and [EOS] (of a model that thinks: all that it said after the
+    token that opened it, which is among them if the model chose it); ``reason``: the model ended
+    it ('eos'), it was cut ('length'), or the reader stopped ('stopped'); ``turn``: the whole turn
+    as it enters memory, ``[BOS] ... [A] answer [EOS]``, whatever the reason.
     """
 
     ids: list[int]
@@ -65,6 +67,7 @@ class AnswerStream:
         prompts: Sequence[Sequence[int]],
         settings: SamplingSettings | Sequence[SamplingSettings],
         limits: AnswerLimits = AnswerLimits(),  # noqa: B008 (an immutable value)
+        form: AnswerForm | None = None,
         *,
         compile_decode: bool = False,
     ) -> None:
@@ -73,9 +76,11 @@ class AnswerStream:
         Args:
             network: the model.
             state: one conversation a prompt; left unchanged.
-            prompts: the ids of each row's query, ``[BOS] [Q] query``; [A] is added if missing.
+            prompts: the ids of each row's query, ``[BOS] [Q] query``; what opens the answer is
+                added if missing.
             settings: how tokens are chosen, for all rows or one a row.
             limits: where answers are cut.
+            form: how a model that thinks begins and goes on; None: it answers after [A].
             compile_decode: run the steps after the prompt compiled (:mod:`rxlm.rxt.decode_step`).
 
         Raises:
@@ -93,8 +98,11 @@ class AnswerStream:
         self._settings_groups = rows_by_settings(settings, len(prompts))
         ids = network.config.tokenizer
         self._eos_id, self._pad_id = ids.eos_token_id, ids.pad_token_id
-        self._prompts = [with_answer_token(prompt, ids.answer_token_id) for prompt in prompts]
-        self._room = [answer_room(network, prompt, limits) for prompt in self._prompts]
+        self._form = form
+        self._prompts = [opened_prompt(prompt, ids.answer_token_id, form) for prompt in prompts]
+        self._room = [answer_room(network, prompt, limits, form) for prompt in self._prompts]
+        # Of each row the special token that came last, in a form.
+        self._last = [None if form is None else form.opening_of(item) for item in self._prompts]
         self._start = state
         self._draws = list(state.draws)
         self._answers: list[list[int]] = [[] for _ in prompts]
@@ -159,6 +167,8 @@ class AnswerStream:
             else:
                 self._answers[row].append(token)
                 step[row] = token
+                if self._form is not None:
+                    self._last[row] = self._form.after(self._last[row], token)
         self._pending = step
         if all(token is None for token in step):
             raise StopIteration
@@ -194,6 +204,8 @@ class AnswerStream:
 
     @torch.inference_mode()
     def _choose(self, logits: Tensor) -> list[int]:
+        if self._form is not None:
+            logits = self._form.restrict(logits, self._last)
         if len(self._settings_groups) == 1:
             ((settings, rows),) = self._settings_groups.items()
             return self._choose_alike(logits, settings, rows)
@@ -260,8 +272,18 @@ def with_answer_token(prompt: Sequence[int], answer_id: int) -> list[int]:
     return ids if ids and ids[-1] == answer_id else [*ids, answer_id]
 
 
-def answer_room(network: RxTNetwork, prompt: list[int], limits: AnswerLimits) -> int:
-    """Return how many tokens may stand between [A], which ends ``prompt``, and [EOS].
+def opened_prompt(prompt: Sequence[int], answer_id: int, form: AnswerForm | None) -> list[int]:
+    """Return ``prompt`` with what opens the answer: [A], or as ``form`` has it."""
+    return with_answer_token(prompt, answer_id) if form is None else form.opened(prompt)
+
+
+def answer_room(
+    network: RxTNetwork, prompt: list[int], limits: AnswerLimits, form: AnswerForm | None = None
+) -> int:
+    """Return how many tokens may stand between ``prompt`` and [EOS].
+
+    ``prompt`` ends in what opens the answer, unless the model chooses that itself; the one that it
+    chooses needs a place as well.
 
     Raises:
         UserError: if there is no room for any, or the prompt is empty or of another vocabulary.
@@ -269,6 +291,8 @@ def answer_room(network: RxTNetwork, prompt: list[int], limits: AnswerLimits) ->
     if len(prompt) < 2:
         raise UserError("a prompt is empty: give the ids of a query, '[BOS] [Q] query'.")
     check_ids(prompt, network.config.decoder.vocab_size, "a prompt")
+    if form is not None and form.opening_of(prompt) is None:
+        return answer_room(network, [*prompt, form.answer_id], limits) + 1
     limit = turn_limit(network, limits.max_seq_len)
     room = limit - len(prompt) - 1
     if room < 1:

@@ -23,8 +23,9 @@ from rxlm.errors import UserError
 from rxlm.rxt.config import NOT_ARCHITECTURE, RxTConfig
 from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.generation import turn_limit
-from rxlm.rxt.models import RxTAlpha
+from rxlm.rxt.models import ARCHITECTURES, RxTAlpha, RxTBeta
 from rxlm.rxt.reactive import tokenizer_config_of
+from rxlm.storage.model_folder import architecture_of
 from rxlm.tokenization import Tokenizer
 from rxlm.training.corpus import RowSettings, check_long_enough, open_rows
 from rxlm.training.objectives.joint_lm import JointLMObjective
@@ -70,17 +71,38 @@ def build_model(recipe: ModelRecipe, inputs: StageInputs) -> RxTAlpha:
                 "or set init_from to a trained one."
             )
         with isolated_random_state(derive_seed(recipe.train.seed, "model")):
-            return RxTAlpha.from_config(model_config(recipe.model, tokenizer), tokenizer)
+            cls = recipe_class(recipe, None)
+            return cls.from_config(model_config(recipe.model, tokenizer), tokenizer)
     source = RxTAlpha.from_pretrained(inputs.model_folder)
     if recipe.model is None:
         return source
+    cls = recipe_class(recipe, inputs.model_folder)
     config = model_config(recipe.model, source.require_tokenizer())
     check_same_architecture(source.config, config, inputs.model_folder)
     # Built anew, since dropout and the like may differ between stages.
     with isolated_random_state(0):
-        model = RxTAlpha.from_config(config, source.tokenizer)
+        model = cls.from_config(config, source.tokenizer)
     model.load_state_dict(source.state_dict())
     return model
+
+
+def recipe_class(recipe: ModelRecipe, model_folder: Path | None) -> type[RxTAlpha]:
+    """Return which model a stage trains: the recipe's, or that of the weights it begins with.
+
+    An Alpha may go on as a Beta, which is the same network.
+
+    Raises:
+        UserError: for a recipe that makes an Alpha of a Beta.
+    """
+    is_beta = model_folder is not None and architecture_of(model_folder) == RxTBeta.__name__
+    if recipe.model is None:
+        return RxTBeta if is_beta else RxTAlpha
+    if is_beta and recipe.model.architecture != "beta":
+        raise UserError(
+            f"model.architecture={recipe.model.architecture!r}, but {model_folder} is an RxTBeta: "
+            "set model.architecture: beta (or leave 'model' out)."
+        )
+    return ARCHITECTURES[recipe.model.architecture]
 
 
 def model_config(section: ModelSection, tokenizer: Tokenizer) -> RxTConfig:
@@ -198,7 +220,7 @@ def open_text_rows(
     )
 
 
-def build_on_meta(config: RxTConfig) -> RxTAlpha:
+def build_on_meta(config: RxTConfig, cls: type[RxTAlpha] = RxTAlpha) -> RxTAlpha:
     """Return a model without storage, to count what it holds."""
     with torch.device("meta"):
-        return RxTAlpha.from_config(config)
+        return cls.from_config(config)

@@ -25,7 +25,7 @@ from rxlm.tokenization.template import EncodedTurn
 
 def conversation_rows(encoder: TurnEncoder, conversation: Conversation) -> list[EncodedTurn]:
     """Return the turns of a conversation; a system prompt becomes a turn before the first."""
-    rows = [encoder.interaction(item.query, item.answer) for item in conversation.interactions]
+    rows = [encoder.encode(item) for item in conversation.interactions]
     if conversation.system:
         rows.insert(0, encoder.system(conversation.system))
     return rows
