@@ -24,7 +24,8 @@ SCRIPT = Path(__file__).with_name("step_memory.py")
 )
 def test_estimated_peak_is_the_real_one(words: tuple[str, ...]) -> None:
     """Catches gradients or optimizer state counted twice or not at all, and activations that are
-    drawn out wrongly: from a quarter of a batch, within 15 % of the process's peak (18 % with checkpointing)."""
+    drawn out wrongly: from a quarter of a batch, within 15 % of the process's
+    peak (18 % with checkpointing)."""
     # Freed blocks go back to the system at once, so that resident memory is what is held.
     environment = {
         **os.environ,
