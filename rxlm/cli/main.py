@@ -24,7 +24,9 @@ from rxlm import __version__
 from rxlm.cli import console
 from rxlm.errors import RunError, UserError
 
-VERBS = ("doctor", "pipeline", "train", "config", "tokenizer", "chat", "eval", "demo")
+VERBS = (
+    "doctor", "pipeline", "train", "plot", "compare", "config", "tokenizer", "chat", "eval", "demo",
+)  # fmt: skip
 MODULE_OF_VERB = {"eval": "evaluate"}
 """Verbs whose module has another name than they (a built-in function is called ``eval``)."""
 

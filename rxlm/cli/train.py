@@ -13,6 +13,7 @@ from rxlm.cli import console
 if TYPE_CHECKING:
     from rxlm.training.dry_run import DryRun
     from rxlm.training.stage import StageResult
+    from rxlm.training.step_estimate import RunEstimate
 
 
 def register(app: typer.Typer) -> None:
@@ -46,7 +47,7 @@ def train(
     if dry_run:
         from rxlm.training.dry_run import dry_run as find_out
 
-        report = find_out(stage, folder)
+        report = find_out(stage, folder, measure=True)
         print_recipe(stage.recipe)
         _print_dry_run(report, folder)
         return
@@ -103,8 +104,22 @@ def _print_dry_run(report: DryRun, folder: Path) -> None:
             "gradients and optimizer (activations come on top)",
             f"memory              {_size(report.memory_bytes)} {_of_what(report)}",
         ]
+    if report.estimate is not None:
+        lines += _estimate_lines(report.estimate, report.steps)
     lines += [f"note                {note}" for note in report.notes]
     console.results().out("\n" + "\n".join(lines), highlight=False)
+
+
+def _estimate_lines(estimate: RunEstimate, steps: int) -> list[str]:
+    from rxlm.training.progress import format_duration
+
+    how = "measured" if estimate.share == 1 else f"from {estimate.share:.0%} of a micro-batch"
+    return [
+        f"peak memory         about {_size(estimate.peak_bytes)} of tensors ({how})",
+        f"time                about {format_duration(estimate.seconds)}, "
+        f"{estimate.seconds / steps:.3g} s a step on this machine now ({how}); validations and "
+        "checkpoints come on top",
+    ]
 
 
 def _of_what(report: DryRun) -> str:

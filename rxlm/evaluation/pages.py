@@ -65,6 +65,10 @@ def page_blocks(report: Mapping[str, Any], pictures: Sequence[str]) -> Iterator[
         yield Heading("Training")
         for name in training:
             yield Picture(name, CAPTIONS[name])
+    # Reports of earlier versions have none.
+    for sample in report.get("samples", ()):
+        yield Heading(f"A conversation at the validation after {sample['step']:,} steps")
+        yield Talk([_sample_lines(sample["turns"])])
     yield Heading("How it was measured")
     yield _provenance(report)
 
@@ -128,6 +132,14 @@ def _verdict(recall: Mapping[str, Any]) -> str:
     passed = sum(bool(figure["passed"]) for figure in asked)
     verdict = "The memory test is passed" if recall["passed"] else "The memory test is not passed"
     return f"{verdict}: {passed} of {len(asked)} measured goals are reached."
+
+
+def _sample_lines(turns: Sequence[Mapping[str, str]]) -> list[tuple[int, str, str]]:
+    return [
+        (number, speaker, turn[key])
+        for number, turn in enumerate(turns, start=1)
+        for speaker, key in (("user", "query"), ("model", "answer"), ("wanted", "expected"))
+    ]
 
 
 def _provenance(report: Mapping[str, Any]) -> str:

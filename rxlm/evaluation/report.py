@@ -55,6 +55,7 @@ def build_report(
     perplexity: Sequence[PerplexityResult] = (),
     training: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     transcript: Sequence[Sequence[Line]] = (),
+    samples: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return an evaluation as JSON-like data.
 
@@ -65,6 +66,8 @@ def build_report(
         perplexity: one result per set of conversations.
         training: by stage, in order: the lines of its ``metrics.jsonl``.
         transcript: the parts of a scripted conversation; each begins with a restart.
+        samples: conversations held while training: ``step``, and ``turns`` with ``query``,
+            ``expected`` and ``answer``.
     """
     seconds = sum(result.seconds for result in perplexity)
     return {
@@ -77,6 +80,7 @@ def build_report(
         "perplexity": [result.to_dict() for result in perplexity],
         "training": {stage: stage_curves(lines) for stage, lines in (training or {}).items()},
         "transcript": [[list(line) for line in part] for part in transcript],
+        "samples": [dict(sample) for sample in samples],
     }
 
 

@@ -20,6 +20,7 @@ from rxlm.lm.generation import TokenStream
 from rxlm.lm.model import LMNetwork
 from rxlm.ops.sampling import SamplingSettings
 from rxlm.storage.hub import local_folder, push_folder
+from rxlm.storage.model_card import front_matter
 from rxlm.storage.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_config_file
 from rxlm.storage.weights import (
     copy_weights,
@@ -199,12 +200,8 @@ def model_card(model: LanguageModel) -> str:
     rows = [f"| {part} | {count:,} |" for part, count in count_parameters(model).items()]
     return "\n".join(
         [
-            "---",
-            "library_name: rxlm",
-            "pipeline_tag: text-generation",
-            "tags: [language-model, linear-attention]",
-            "---",
-            "# LanguageModel",
+            front_matter(name=ARCHITECTURE, tags=("language-model", "linear-attention"))
+            + f"# {ARCHITECTURE}",
             "",
             f"A decoder-only language model: {config.depth} layers ({layers}), width {config.dim}, "
             f"vocabulary {config.vocab_size}, positions {config.positions}.",

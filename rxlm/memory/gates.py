@@ -59,6 +59,9 @@ class ResidualGate(nn.Module):
         elif settings.gate_type == "linear":
             outputs = 1 if settings.per_slot else dim
             self.weight = nn.Parameter(torch.randn(num_layers, 2 * dim, outputs) * 0.02)
+        for parameter in self.parameters():
+            # As the memory itself: small changes of many turns must not be rounded away.
+            parameter._full_precision = True  # type: ignore[attr-defined]
 
     def forward(self, old: Tensor, new: Tensor) -> Tensor:
         """Combine old slots and their update, both ``[L, B, S, D]``, in the dtype of the old.

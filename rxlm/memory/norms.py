@@ -50,6 +50,7 @@ class MemoryNorm(nn.Module):
         for parameter in self.parameters():
             # Stacking gives scales and gates the shape of matrices; they are vectors.
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
+            parameter._full_precision = True  # type: ignore[attr-defined]
 
     def forward(self, slots: Tensor) -> Tensor:
         """Normalise ``[L, B, S, D]``, computed in fp32, returned in the input's dtype."""

@@ -30,6 +30,7 @@ class InitialMemory(nn.Module):
         if init_type == "learned":
             self.start = nn.Parameter(torch.randn(self.shape) * std)
             self.start._no_weight_decay = True  # type: ignore[attr-defined]
+            self.start._full_precision = True  # type: ignore[attr-defined]
 
     def forward(
         self,

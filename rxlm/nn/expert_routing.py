@@ -177,6 +177,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         nn.init.normal_(self.weight, std=dim**-0.5)
         self.offset = None if balance == "loss" else nn.Parameter(torch.zeros(num_experts))
+        for parameter in self.parameters():
+            # Rounded scores change which expert is chosen.
+            parameter._full_precision = True  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, token_mask: Tensor | None) -> Routing:
         """Choose experts for tokens ``x`` ``[N, D]``.

@@ -98,6 +98,8 @@ class TokenGates(nn.Module):
             self.dt_bias = nn.Parameter(_inverse_softplus(logs.exp()))
             for parameter in (self.A_log, self.dt_bias):
                 parameter._no_weight_decay = True  # type: ignore[attr-defined]
+                # A decay of 0.999 does not exist in bfloat16.
+                parameter._full_precision = True  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, offsets: tuple[Tensor, Tensor] | None = None) -> Gates:
         """Compute the gates.

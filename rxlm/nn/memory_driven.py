@@ -91,6 +91,8 @@ class MemoryFusion(nn.Module):
         self.write_bias = nn.Parameter(torch.empty(num_value_heads))
         self.scale = nn.Parameter(torch.empty(num_value_heads))
         self.keep = nn.Linear(dim, num_value_heads)
+        for parameter in (self.write_bias, self.scale):
+            parameter._full_precision = True  # type: ignore[attr-defined]
         self.initialize()
 
     @torch.no_grad()

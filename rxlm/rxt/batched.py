@@ -135,13 +135,13 @@ class BatchModel(BatchTextModel):
 
     def _fitting(self, state: ConversationState) -> ConversationState:
         """Return ``state`` as this model holds it; raise ``UserError`` if it is another model's."""
-        check_slots(state.slots, self.memory_shape)
+        check_slots(state.slots, self.memory_shape, dtype=self.memory_dtype)
         if state.carried is None:
             # Without a carried state layers start afresh; rows can then be exchanged one by one.
             state = state.replaced(carried=self.decoder.nothing_carried(state.batch_size))
         else:
             check_carried(state.carried, self.decoder.carried_shape, state.batch_size)
-        return state.detach().to(self.device, self.encoder.embedding.weight.dtype)
+        return state.detach().to(self.device, self.memory_dtype)
 
     def _require_batch(self, method: str) -> HeldBatch:
         if self._batch is None:

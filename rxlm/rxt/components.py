@@ -22,15 +22,17 @@ from rxlm.ops.rotary import rotary_phases, token_positions
 from rxlm.rxt.attention_heads import LINEAR_KINDS, LOCAL_KIND, MEMORY_DRIVEN_KIND
 from rxlm.rxt.component_fields import Stack
 from rxlm.rxt.component_rules import encoder_problems
+from rxlm.rxt.component_saving import StoredComponent
 from rxlm.rxt.config import RxTComponentConfig
 from rxlm.rxt.conversation import check_carried
 from rxlm.rxt.decode_values import DecodeCache, MemoryReading
+from rxlm.rxt.freezing import FreezingMethods
 from rxlm.rxt.layers import LayerCache, ReactiveLayer
 
 Kept = TypeVar("Kept")
 
 
-class _Component(nn.Module):
+class _Component(StoredComponent, FreezingMethods):
     """Embedding and layer stack that encoder and decoder share.
 
     Attributes:
@@ -38,6 +40,7 @@ class _Component(nn.Module):
             again in the backward pass: less memory, more time, the same result.
     """
 
+    CONFIG = RxTComponentConfig
     checkpoint_layers = False
 
     def __init__(
@@ -96,6 +99,8 @@ class _Component(nn.Module):
 class RxTEncoder(_Component):
     """Bidirectional reader of a finished turn."""
 
+    KIND = "RxTEncoder"
+
     def __init__(self, config: RxTComponentConfig | dict[str, Any]) -> None:
         config = RxTComponentConfig.parse(config)
         problems = encoder_problems(config)
@@ -131,6 +136,8 @@ class RxTEncoder(_Component):
 
 class RxTDecoder(_Component):
     """Causal writer of an answer that reads one turn and the memory."""
+
+    KIND = "RxTDecoder"
 
     def __init__(self, config: RxTComponentConfig | dict[str, Any]) -> None:
         config = RxTComponentConfig.parse(config)

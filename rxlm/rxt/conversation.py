@@ -141,13 +141,19 @@ class ConversationState:
         return self.replaced(slots=self.slots.detach(), carried=carried)
 
 
-def check_slots(slots: Tensor, shape: tuple[int, int, int], what: str = "memory") -> None:
+def check_slots(
+    slots: Tensor,
+    shape: tuple[int, int, int],
+    what: str = "memory",
+    dtype: torch.dtype | None = None,
+) -> None:
     """Raise ``UserError`` unless ``slots`` is a finite ``[L, B, S, D]`` for a model.
 
     Args:
         slots: what was given.
         shape: (L, S, D) of the model.
         what: what the message calls it (a file, an argument).
+        dtype: of the model's memory; None: any floating-point type will do.
     """
     num_layers, num_slots, dim = shape
     if not isinstance(slots, Tensor):
@@ -163,6 +169,12 @@ def check_slots(slots: Tensor, shape: tuple[int, int, int], what: str = "memory"
         )
     if not slots.is_floating_point():
         raise UserError(f"{what} has dtype {slots.dtype}; expected a floating-point tensor.")
+    if dtype is not None and slots.dtype != dtype:
+        raise UserError(
+            f"{what} has dtype {slots.dtype}, but this model's memory is {dtype}: it was made by "
+            f"another model, or this one in another precision; convert it with .to({dtype}) if "
+            "that is meant."
+        )
     if not bool(torch.isfinite(slots).all()):
         count = int((~torch.isfinite(slots)).sum())
         raise UserError(

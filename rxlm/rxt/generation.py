@@ -171,7 +171,7 @@ class AnswerStream:
 
     def _prefill(self) -> Tensor:
         weight = self.network.encoder.embedding.weight
-        slots = self._start.slots.to(device=weight.device, dtype=weight.dtype)
+        slots = self._start.slots.to(device=weight.device, dtype=self.network.memory_dtype)
         self._memory = self.network.decoder.read_memory(slots)
         ids, mask = padded(self._prompts, self._pad_id)
         logits_at = mask.sum(dim=1).to(weight.device) - 1

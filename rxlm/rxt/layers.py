@@ -144,7 +144,13 @@ class ReactiveLayer(nn.Module):
 
     def read_slots(self, slots: Tensor) -> KeyValue:
         """Project this layer's slots ``[B, S, D]`` once for all tokens of a turn."""
-        return self.cross_attention.project(self.norm_slots(slots), None)
+        return self.cross_attention.project(self._normed_slots(slots), None)
+
+    def _normed_slots(self, slots: Tensor) -> Tensor:
+        # A memory in float32 meets weights in bfloat16 (train.precision=bf16_pure).
+        dtype = next(self.norm_slots.parameters()).dtype
+        normed: Tensor = self.norm_slots(slots.to(dtype))
+        return normed
 
     def condition(self, slots: Tensor, slot_mask: Tensor | None) -> MemoryCondition | None:
         """Read what self-attention takes from slots ``[B, S, D]`` once for all tokens of a turn.
@@ -158,7 +164,7 @@ class ReactiveLayer(nn.Module):
         """
         attention = self.self_attention
         if isinstance(attention, LinearSelfAttention) and attention.settings.memory_fusion:
-            return attention.memory_fusion(self.norm_slots(slots), slot_mask)
+            return attention.memory_fusion(self._normed_slots(slots), slot_mask)
         return None
 
     def forward(

@@ -7,6 +7,7 @@ the whole model (``config``). No torch.
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -176,7 +177,32 @@ class MemoryAttentionConfig(Config):
             )
         if problems:
             raise ValueError("\n".join(problems))
+        growing = self.growing_fields()
+        if growing:
+            # Python shows one text from one place once.
+            warnings.warn(
+                f"{', '.join(growing)}: sums can make the memory grow from turn to turn without "
+                "bound. Use use_gated_residual=True, and in variant 'self' "
+                "use_gate_for_self_attention=True.",
+                UserWarning,
+                stacklevel=2,
+            )
         return self
+
+    def growing_fields(self) -> list[str]:
+        """Return ``field=value`` of what lets the memory grow without bound; [] if nothing does.
+
+        A gate keeps a slot between its old content and an update of bounded size; a sum does not.
+        One sum beside one gate grows at best until the gate takes away as much as the sum adds,
+        which may take thousands of turns.
+        """
+        fields = []
+        replaced = self.variant == "simple" and self.disable_residual
+        if not (self.use_gated_residual or replaced):
+            fields.append("use_gated_residual")
+        if self.variant == "self" and not self.use_gate_for_self_attention:
+            fields.append("use_gate_for_self_attention")
+        return [f"{name}={getattr(self, name)!r}" for name in fields]
 
     @property
     def steps(self) -> tuple[WriteStep, ...]:

@@ -10,14 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rxlm.rxt.components import RxTDecoder, RxTEncoder
 from rxlm.rxt.config import RxTConfig
+from rxlm.rxt.freezing import FreezingMethods
 from rxlm.rxt.memory_building import build_memory_attention
 
 
-class RxTNetwork(nn.Module):
+class RxTNetwork(FreezingMethods):
     """Decoder, encoder and memory attention. Holds weights only; memory is passed in and out."""
 
     def __init__(self, config: RxTConfig | dict[str, Any]) -> None:
@@ -40,10 +41,19 @@ class RxTNetwork(nn.Module):
         """Where the weights live."""
         return self.encoder.embedding.weight.device
 
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        """In which precision memory is kept: that of the norm of its slots.
+
+        Training in bfloat16 leaves that norm in float32, and the memory with it.
+        """
+        return self.memory_attention.slot_norm.scale.dtype
+
     def initial_memory(self, batch_size: int, *, seed: int = 0) -> Tensor:
         """Return the memory ``[L, B, S, D]`` that conversations start from."""
-        dtype = self.encoder.embedding.weight.dtype
-        return self.memory_attention.initial(batch_size, seed=seed, device=self.device, dtype=dtype)
+        return self.memory_attention.initial(
+            batch_size, seed=seed, device=self.device, dtype=self.memory_dtype
+        )
 
     def write_memory(self, slots: Tensor, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Encode a finished turn ``[B, T]`` and return the memory after it, ``[L, B, S, D]``."""

@@ -42,6 +42,7 @@ from rxlm.rxt.held_batch import checked_rows
 from rxlm.rxt.reactive import tokenizer_config_of
 from rxlm.rxt.session import Session
 from rxlm.storage.hub import local_folder
+from rxlm.storage.model_card import Metrics
 from rxlm.tokenization import Tokenizer, encode_interaction
 from rxlm.tokenization.stream import TextStream
 
@@ -271,7 +272,7 @@ class RxTAlpha(BatchModel):
                 number of conversations. What was held is unchanged then.
         """
         if not isinstance(state, ConversationState):
-            check_slots(state, self.memory_shape)
+            check_slots(state, self.memory_shape, dtype=self.memory_dtype)
             # A tensor knows no randomness: the conversation keeps its own.
             slots = state.detach().clone()
             fresh = self.decoder.nothing_carried(slots.shape[1])
@@ -366,9 +367,11 @@ class RxTAlpha(BatchModel):
 
     # Folders.
 
-    def save_pretrained(self, directory: str | Path, overwrite: bool = False) -> None:
-        """Write weights, configuration, tokenizer and card; see :func:`rxlm.rxt.saving`."""
-        saving.save_model(self, directory, overwrite)
+    def save_pretrained(
+        self, directory: str | Path, overwrite: bool = False, metrics: Metrics | None = None
+    ) -> None:
+        """Write weights, configuration, tokenizer and card; see :mod:`rxlm.rxt.saving`."""
+        saving.save_model(self, directory, overwrite, metrics)
 
     @classmethod
     def from_pretrained(
@@ -376,13 +379,17 @@ class RxTAlpha(BatchModel):
         directory: str | Path,
         strict: bool = True,
         device: torch.device | str = "cpu",
+        revision: str | None = None,
+        token: str | None = None,
     ) -> ModelType:
         """Read a model from a model, checkpoint, run or pipeline folder, or ``hf://owner/name``.
 
         Args:
-            directory: see :func:`rxlm.rxt.model_folder.resolve_model_dir`.
+            directory: see :func:`rxlm.storage.hub.local_folder`.
             strict: whether missing and unknown weights are errors.
             device: where the model goes.
+            revision: of a model on the Hub: a branch, a tag or a commit.
+            token: of the Hub, for a model that is not public.
 
         Returns:
             the model in evaluation mode.
@@ -390,7 +397,8 @@ class RxTAlpha(BatchModel):
         Raises:
             UserError: if there is no model, or it is damaged or inconsistent.
         """
-        return saving.load_model(cls, local_folder(directory), strict=strict, device=device)
+        folder = local_folder(directory, revision, token)
+        return saving.load_model(cls, folder, strict=strict, device=device)
 
     def load_weights(self, directory: str | Path) -> None:
         """Copy the weights of a model folder into this model, in place and strictly."""
@@ -402,8 +410,14 @@ class RxTAlpha(BatchModel):
         private: bool = False,
         token: str | None = None,
         commit_message: str = "Upload model",
+        metrics: Metrics | None = None,
     ) -> str:
-        """Upload the model folder to the Hugging Face Hub; returns the address of the commit."""
+        """Upload the model folder to the Hub; see :func:`rxlm.rxt.saving.push_model`."""
         return saving.push_model(
-            self, repo_id, private=private, token=token, commit_message=commit_message
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            metrics=metrics,
         )

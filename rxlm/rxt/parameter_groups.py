@@ -54,6 +54,28 @@ def train_only(module: nn.Module, groups: Iterable[Group]) -> int:
     Raises:
         UserError: for a group that does not exist; nothing is changed then.
     """
+    wanted = _checked(groups)
+    count = 0
+    for group, parameters in parameter_groups(module).items():
+        for parameter in parameters.values():
+            parameter.requires_grad_(group in wanted)
+            count += parameter.numel() if group in wanted else 0
+    return count
+
+
+def set_trainable(module: nn.Module, groups: Iterable[Group], trainable: bool) -> None:
+    """Freeze the parameters of ``groups``, or let them train; others stay as they are.
+
+    Raises:
+        UserError: as :func:`train_only`.
+    """
+    wanted = _checked(groups)
+    for group, parameters in parameter_groups(module).items():
+        for parameter in parameters.values() if group in wanted else ():
+            parameter.requires_grad_(trainable)
+
+
+def _checked(groups: Iterable[Group]) -> tuple[Group, ...]:
     wanted = tuple(groups)
     for group in wanted:
         if group not in GROUPS:
@@ -62,12 +84,7 @@ def train_only(module: nn.Module, groups: Iterable[Group]) -> int:
             raise UserError(
                 f"parameter group '{group}' does not exist: use {', '.join(GROUPS)}.{hint}"
             )
-    count = 0
-    for group, parameters in parameter_groups(module).items():
-        for parameter in parameters.values():
-            parameter.requires_grad_(group in wanted)
-            count += parameter.numel() if group in wanted else 0
-    return count
+    return wanted
 
 
 def _group_of(name: str) -> Group:

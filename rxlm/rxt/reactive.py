@@ -9,6 +9,7 @@ Shapes: L layers, B conversations, T tokens, S slots, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from rxlm.nn.evaluation_mode import evaluation_mode
 from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.ops.padding import check_ids, padded
 from rxlm.ops.sampling import SamplingSettings
+from rxlm.rxt.assembly import Component, Embedding, load_components, open_parts
 from rxlm.rxt.config import RxTConfig, TokenizerConfig
 from rxlm.rxt.conversation import ConversationState, check_carried
 from rxlm.rxt.fingerprint import ModelFingerprint
@@ -29,7 +31,7 @@ from rxlm.rxt.generation import (
     turn_limit,
 )
 from rxlm.rxt.model import RxTNetwork
-from rxlm.storage.weights import weight_problems, weights_fingerprint
+from rxlm.storage.weights import weights_fingerprint
 from rxlm.tokenization import Tokenizer, encode_query, encode_system
 
 ModelType = TypeVar("ModelType", bound="ReactiveModel")
@@ -207,7 +209,7 @@ class ReactiveModel(RxTNetwork):
             return state
         ids, mask = padded(turns, self.config.tokenizer.pad_token_id)
         weight = self.encoder.embedding.weight
-        slots = state.slots.to(device=weight.device, dtype=weight.dtype)
+        slots = state.slots.to(device=weight.device, dtype=self.memory_dtype)
         ids, mask = ids.to(weight.device), mask.to(weight.device)
         with evaluation_mode(self):
             written = self.write_memory(slots, ids, mask)
@@ -236,41 +238,59 @@ class ReactiveModel(RxTNetwork):
         _, cache = self.decoder(ids, mask, memory=reading, carried=before)
         return self.decoder.carry(cache, before)
 
-    def load_pretrained_weights(
-        self,
-        decoder: nn.Module | dict[str, Tensor] | None = None,
-        encoder: nn.Module | dict[str, Tensor] | None = None,
-        memory_attention: nn.Module | dict[str, Tensor] | None = None,
-    ) -> None:
-        """Copy the weights of whole components, given as modules or state dicts.
+    @classmethod
+    def from_components(
+        cls: type[ModelType],
+        decoder: nn.Module | str | Path,
+        encoder: nn.Module | str | Path,
+        memory_attention: nn.Module | str | Path,
+        tokenizer: Tokenizer | None = None,
+        embedding: Embedding = "equal",
+    ) -> ModelType:
+        """Return a model with copies of the weights of three components, in evaluation mode.
+
+        Args:
+            decoder: the component, or a folder that its ``save_pretrained`` wrote (or
+                ``hf://owner/name``); as the next two.
+            encoder: see there.
+            memory_attention: see there.
+            tokenizer: of the model; decides the ids of special tokens.
+            embedding: whose token embedding it gets where the two differ.
 
         Raises:
-            UserError: if weights are missing, unknown or of another shape, or decoder and encoder
-                bring different token embeddings (they share one here). Nothing is copied then.
+            UserError: if a part is of another kind or damaged, or the parts do not fit together.
         """
-        given = {"decoder": decoder, "encoder": encoder, "memory_attention": memory_attention}
-        states = {
-            name: part.state_dict() if isinstance(part, nn.Module) else dict(part)
-            for name, part in given.items()
-            if part is not None
-        }
-        problems = []
-        for name, weights in states.items():
-            problems += weight_problems(getattr(self, name).state_dict(), weights, f"{name}.")
-        shared = [
-            states[name]["embedding.weight"]
-            for name in ("decoder", "encoder")
-            if "embedding.weight" in states.get(name, {})
-        ]
-        if not problems and len(shared) == 2 and not torch.equal(shared[0], shared[1]):
-            problems.append(
-                "decoder.embedding.weight and encoder.embedding.weight differ, but the two share "
-                "one token embedding: leave one out of its component's weights or make them equal"
-            )
-        if problems:
-            raise UserError("these weights do not fit:\n" + "\n".join(problems))
-        for name, weights in states.items():
-            getattr(self, name).load_state_dict(weights)
+        parts = open_parts(decoder, encoder, memory_attention)
+        special = TokenizerConfig() if tokenizer is None else tokenizer_config_of(tokenizer)
+        config, dtype = parts.config(special), parts.dtype
+        with torch.random.fork_rng(devices=[]):
+            model = cls.from_config(config, tokenizer).to(dtype)
+        model.load_pretrained_weights(**parts._asdict(), embedding=embedding)
+        return model.eval()
+
+    def load_pretrained_weights(
+        self,
+        decoder: Component | None = None,
+        encoder: Component | None = None,
+        memory_attention: Component | None = None,
+        embedding: Embedding = "equal",
+    ) -> None:
+        """Copy the weights of whole components: modules, folders or state dicts.
+
+        Decoder and encoder share one token embedding here; given one of the two, both get its.
+
+        Raises:
+            UserError: if one is of another kind or has other settings, weights are missing,
+                unknown or of another shape, or decoder and encoder bring different token
+                embeddings and ``embedding`` does not choose one. Nothing is copied then.
+        """
+        load_components(
+            self,
+            decoder=decoder,
+            encoder=encoder,
+            memory_attention=memory_attention,
+            embedding=embedding,
+        )
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

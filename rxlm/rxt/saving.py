@@ -14,13 +14,15 @@ import torch
 
 import rxlm
 from rxlm.errors import UserError
+from rxlm.rxt.component_saving import COMPONENT_KINDS
 from rxlm.rxt.config import RxTConfig
+from rxlm.rxt.model_card import model_card
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.storage.hub import push_folder
+from rxlm.storage.model_card import Metrics
 from rxlm.storage.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_config_file
 from rxlm.storage.weights import (
     copy_weights,
-    count_parameters,
     load_tokenizer,
     save_model_folder,
     take_weights,
@@ -57,6 +59,12 @@ def read_model_config(directory: str | Path) -> StoredConfig:
             f"measure it with `rxlm eval lm {directory}`, load it with "
             "rxlm.lm.LanguageModel.from_pretrained."
         )
+    if architecture in COMPONENT_KINDS:
+        raise UserError(
+            f"{directory} holds an {architecture}, one component of a model: load it with "
+            f"{architecture}.from_pretrained, or build a model of three with "
+            "RxTAlpha.from_components."
+        )
     if "decoder" not in values:
         raise UserError(
             f"{path} does not describe a model of rxlm (it has no 'decoder'): was it written by "
@@ -65,13 +73,20 @@ def read_model_config(directory: str | Path) -> StoredConfig:
     return StoredConfig(RxTConfig.parse(values, str(path)), architecture, version)
 
 
-def save_model(model: ReactiveModel, directory: str | Path, overwrite: bool = False) -> None:
+def save_model(
+    model: ReactiveModel,
+    directory: str | Path,
+    overwrite: bool = False,
+    metrics: Metrics | None = None,
+) -> None:
     """Write a model folder; every file is replaced at once, ``config.json`` last.
 
     Args:
         model: what to save.
         directory: made if missing; other files in it are left alone.
-        overwrite: whether files of a model that is there may be replaced.
+        overwrite: whether files of a model that is there may be replaced. A README.md that rxlm
+            did not write, or that was edited, is kept in any case.
+        metrics: measured numbers by name, for the card.
 
     Raises:
         UserError: if a file would be replaced and ``overwrite`` is false.
@@ -81,7 +96,7 @@ def save_model(model: ReactiveModel, directory: str | Path, overwrite: bool = Fa
         model,
         directory,
         config=stored_config(model),
-        card=model_card(model),
+        card=model_card(model, metrics),
         tokenizer=model.tokenizer,
         overwrite=overwrite,
     )
@@ -136,10 +151,27 @@ def push_model(
     private: bool = False,
     token: str | None = None,
     commit_message: str = "Upload model",
+    metrics: Metrics | None = None,
 ) -> str:
-    """Upload the model folder to the Hugging Face Hub and return the address of the commit."""
+    """Upload the model folder to the Hugging Face Hub and return the address of the commit.
+
+    A folder with a card of its own is uploaded as it is by
+    :func:`rxlm.storage.hub.push_model_folder`.
+
+    Args:
+        model: what to upload.
+        repo_id: ``owner/name``; made if it is not there.
+        private: whether a new repository is private.
+        token: of the Hub; None: the one that was logged in with.
+        commit_message: what the history of the repository says.
+        metrics: measured numbers by name, for the card.
+
+    Raises:
+        UserError: if there is no token, or it may not write there.
+        RunError: if the connection fails.
+    """
     return push_folder(
-        lambda folder: save_model(model, folder),
+        lambda folder: save_model(model, folder, metrics=metrics),
         repo_id,
         private=private,
         token=token,
@@ -154,41 +186,3 @@ def stored_config(model: ReactiveModel) -> dict[str, object]:
         "rxlm_version": rxlm.__version__,
         **model.config.model_dump(mode="json"),
     }
-
-
-def model_card(model: ReactiveModel) -> str:
-    """Return the model card: what the model is, its size, how to use it."""
-    config: RxTConfig = model.config
-    decoder, memory = config.decoder, config.memory_attention
-    counts = count_parameters(model)
-    rows = [f"| {part} | {count:,} |" for part, count in counts.items()]
-    return "\n".join(
-        [
-            "---",
-            "library_name: rxlm",
-            "pipeline_tag: text-generation",
-            "tags: [reactive-transformer, memory, dialogue]",
-            "---",
-            f"# {type(model).__name__}",
-            "",
-            "A Reactive Transformer (arXiv 2510.03561): it answers each turn reading that turn and "
-            "a memory of fixed size, which it rewrites after the answer.",
-            "",
-            f"{decoder.num_layers} layers, width {decoder.embed_dim}, vocabulary "
-            f"{decoder.vocab_size}, memory {decoder.stm_size} slots a layer "
-            f"(`{memory.variant}`), turns of up to {decoder.seq_len} tokens.",
-            "",
-            "| part | parameters |",
-            "|---|---|",
-            *rows,
-            f"| total | {sum(counts.values()):,} |",
-            "",
-            "```python",
-            "import rxlm",
-            "",
-            'session = rxlm.load("path/to/this/folder").session()',
-            'print(session.ask("Hi, I am Ann."))',
-            "```",
-            "",
-        ]
-    )

@@ -17,7 +17,6 @@ from rxlm.errors import UserError
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
-MODEL_FILES = (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE)
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "COMPLETE"

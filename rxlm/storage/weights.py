@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from rxlm.errors import RunError, UserError
 from rxlm.storage.files import json_bytes, read_tensors, write_bytes, write_tensors
-from rxlm.storage.model_folder import CARD_FILE, CONFIG_FILE, MODEL_FILES, WEIGHTS_FILE
+from rxlm.storage.model_card import write_card
+from rxlm.storage.model_folder import CONFIG_FILE, WEIGHTS_FILE
 from rxlm.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,8 @@ def save_model_folder(
         config: content of ``config.json``.
         card: content of ``README.md``.
         tokenizer: saved beside the weights if there is one.
-        overwrite: whether files of a model that is there may be replaced.
+        overwrite: whether files of a model that is there may be replaced. A README.md that rxlm
+            did not write, or that was edited, is kept in any case.
 
     Raises:
         UserError: if a file would be replaced and ``overwrite`` is false.
@@ -97,7 +99,7 @@ def save_model_folder(
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: a model is saved into a folder.")
-    present = [name for name in MODEL_FILES if (folder / name).exists()]
+    present = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if (folder / name).exists()]
     if present and not overwrite:
         raise UserError(
             f"{folder} already holds {', '.join(present)}: save into another folder, or pass "
@@ -110,7 +112,7 @@ def save_model_folder(
     except OSError as error:
         raise RunError(f"could not write into {folder}: {error}.") from error
     write_tensors(folder / WEIGHTS_FILE, distinct_tensors(module), kind="model")
-    write_bytes(folder / CARD_FILE, card.encode("utf-8"))
+    write_card(folder, card)
     write_bytes(folder / CONFIG_FILE, json_bytes(dict(config)))
 
 

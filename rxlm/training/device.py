@@ -40,8 +40,11 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the autocast context of a precision setting (``fp32`` = switched off)."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """Return the autocast context of a precision setting (``fp32`` = switched off).
+
+    Also for weights that are bfloat16: what stays float32 (gates, states, losses) meets them.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "fp32")
 
 
 @contextlib.contextmanager

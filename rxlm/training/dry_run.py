@@ -1,20 +1,23 @@
 """What a recipe would do, found out without training: parameters, tokens a step, bytes.
 
 The model is built without storage; one batch is made for real, so that unusable data is noticed
-here and not an hour later. Nothing is written.
+here and not an hour later. What cannot be counted (peak memory, time) is estimated from a few small
+steps if that is asked for. Nothing is written.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from rxlm.errors import UserError
 from rxlm.lm.config import LMConfig
-from rxlm.lm.language_model import read_lm_config
+from rxlm.lm.language_model import LanguageModel, read_lm_config
 from rxlm.lm.model import state_bytes
 from rxlm.rxt.config import RxTComponentConfig, RxTConfig
+from rxlm.rxt.models import RxTAlpha
 from rxlm.rxt.saving import read_model_config
 from rxlm.storage.weights import count_parameters
 from rxlm.tokenization import Tokenizer, train_tokenizer
@@ -26,10 +29,15 @@ from rxlm.training.build import (
     model_config,
 )
 from rxlm.training.build_lm import build_lm_objective, build_lm_on_meta, check_same_lm, lm_config
+from rxlm.training.device import resolve_device
+from rxlm.training.objective import Objective
 from rxlm.training.objectives.joint_lm import JointBatch
 from rxlm.training.objectives.language_modeling import row_length
 from rxlm.training.recipes import PREVIOUS, LMRecipe, ModelRecipe, StageFile, TokenizerRecipe
+from rxlm.training.rng import isolated_random_state
+from rxlm.training.settings import TrainSettings
 from rxlm.training.stage import find_inputs
+from rxlm.training.step_estimate import RunEstimate, estimate_run, fits
 from rxlm.training.tokenizer_stage import TokenizerStageSettings, tokenizer_texts
 
 _SAMPLE_DIALOGUES = 1000
@@ -40,6 +48,8 @@ _UNKNOWN = (
 )
 _BYTES = 4
 """Of a weight, a gradient, or one of the optimizer's moments: all are fp32."""
+_ROUNDED_BYTES = 2
+"""Of a weight in bfloat16, beside its master."""
 
 
 class DryRun(NamedTuple):
@@ -54,21 +64,24 @@ class DryRun(NamedTuple):
     """Of the first step; later phases of a curriculum may differ."""
     weight_bytes: int
     optimizer_bytes: int
-    """Gradients and the optimizer's two moments."""
+    """Gradients and the optimizer's two moments (and weights rounded from masters)."""
     memory_bytes: int
     """Short-term memory of one conversation; a language model's state after ``state_tokens``."""
     notes: list[str]
     """What these figures rest on, where that is not obvious."""
     state_tokens: int | None = None
     """For a language model: tokens of a row."""
+    estimate: RunEstimate | None = None
+    """Peak memory and time, from a few small steps; None if none were made."""
 
 
-def dry_run(stage: StageFile, folder: Path) -> DryRun:
+def dry_run(stage: StageFile, folder: Path, *, measure: bool = False) -> DryRun:
     """Return what a stage would take.
 
     Args:
         stage: the recipe.
         folder: where it would run; inputs are looked for beside it.
+        measure: make a few small steps with new weights to estimate peak memory and time.
 
     Raises:
         UserError: for everything that would stop the real run, but for an earlier stage that has
@@ -81,7 +94,7 @@ def dry_run(stage: StageFile, folder: Path) -> DryRun:
         return DryRun({}, 0, 0, 0, 0, 0, 0, [f"{num_characters:,} characters of training text"])
     notes: list[str] = []
     if isinstance(recipe, LMRecipe):
-        return _dry_run_lm(stage, recipe, folder, notes)
+        return _dry_run_lm(stage, recipe, folder, notes, measure)
     tokenizer, config = _tokenizer_and_config(stage, folder, notes)
     model = build_on_meta(config)
     objective = build_objective(recipe, model, tokenizer)
@@ -94,19 +107,40 @@ def dry_run(stage: StageFile, folder: Path) -> DryRun:
     ]
     parameters = count_parameters(model)
     memory = config.memory_attention
-    return DryRun(
+
+    def real() -> Objective:
+        whole = RxTAlpha.from_config(config, tokenizer)
+        return build_objective(recipe, whole, tokenizer)
+
+    report = DryRun(
         parameters=parameters,
         num_trained=sum(trained),
         steps=recipe.train.steps,
         tokens_per_step=sum(batch.num_tokens for batch in dialogues),
         weight_bytes=_BYTES * sum(parameters.values()),
-        optimizer_bytes=3 * _BYTES * sum(trained),
+        optimizer_bytes=_optimizer_bytes(recipe.train, sum(trained)),
         memory_bytes=_BYTES * memory.num_layers * memory.stm_size * memory.embed_dim,
         notes=notes,
     )
+    return _with_estimate(report, real, recipe.train) if measure else report
 
 
-def _dry_run_lm(stage: StageFile, recipe: LMRecipe, folder: Path, notes: list[str]) -> DryRun:
+def _with_estimate(
+    report: DryRun, build: Callable[[], Objective], settings: TrainSettings
+) -> DryRun:
+    """Add what a few small steps of a real model take, if that can be tried here."""
+    device = resolve_device(settings.device)
+    if not fits(report.weight_bytes + report.optimizer_bytes, device):
+        note = f"peak memory and time: the model is too large to be tried on this {device.type}"
+        return report._replace(notes=[*report.notes, note])
+    with isolated_random_state(0):
+        objective = build()
+        return report._replace(estimate=estimate_run(objective, settings, device))
+
+
+def _dry_run_lm(
+    stage: StageFile, recipe: LMRecipe, folder: Path, notes: list[str], measure: bool
+) -> DryRun:
     inputs = _available_inputs(stage, folder, notes)
     if inputs is None:
         if recipe.model is None:
@@ -131,17 +165,27 @@ def _dry_run_lm(stage: StageFile, recipe: LMRecipe, folder: Path, notes: list[st
     length = row_length(model, recipe.objective)
     parameters = count_parameters(model)
     total = sum(parameters.values())
-    return DryRun(
+
+    def real() -> Objective:
+        return build_lm_objective(recipe, LanguageModel(config, tokenizer))
+
+    report = DryRun(
         parameters=parameters,
         num_trained=total,
         steps=recipe.train.steps,
         tokens_per_step=sum(int(rows.mask.sum()) for batch in batches for rows in batch),
         weight_bytes=_BYTES * total,
-        optimizer_bytes=3 * _BYTES * total,
+        optimizer_bytes=_optimizer_bytes(recipe.train, total),
         memory_bytes=state_bytes(config, length),
         notes=notes,
         state_tokens=length,
     )
+    return _with_estimate(report, real, recipe.train) if measure else report
+
+
+def _optimizer_bytes(settings: TrainSettings, num_trained: int) -> int:
+    rounded = _ROUNDED_BYTES if settings.precision == "bf16_pure" else 0
+    return (3 * _BYTES + rounded) * num_trained
 
 
 def _tokenizer_and_config(

@@ -16,6 +16,7 @@ from rxlm.data.conversation_source import BUILTIN, ConversationList, DataConfig,
 from rxlm.data.conversations import Conversation
 from rxlm.data.generator import DialogueGenerator
 from rxlm.errors import UserError
+from rxlm.evaluation.card import write_results_card
 from rxlm.evaluation.perplexity import (
     PerplexitySettings,
     builtin_conversations,
@@ -30,6 +31,7 @@ from rxlm.training.device import cpu_threads, resolve_device
 from rxlm.training.metrics import read_metrics
 from rxlm.training.recipes import LMRecipe, ModelRecipe, Recipe, TokenizerRecipe, read_recipe
 from rxlm.training.stage import CONFIG_FILE
+from rxlm.training.watching.samples import SAMPLES_FILE, read_samples
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ def evaluate_pipeline(
 ) -> dict[str, Any]:
     """Measure the last model of a pipeline and write the report into its folder.
 
+    The card in the model folder gets the results, unless somebody has written or edited it.
     Perplexity always; recall when the model was trained on the built-in dialogues. A report that
     is there is used again when it is of this very model and of these settings.
 
@@ -101,6 +104,7 @@ def evaluate_pipeline(
         report = _report_of(model, folder, recipe, measured.source, asks)
         if report is not None:
             logger.info("%s: the report is of this model already", folder / REPORT_FILE)
+            write_results_card(model, model_folder, report)
             return report
         recall = None
         if asks is not None:
@@ -120,8 +124,10 @@ def evaluate_pipeline(
             recall=recall,
             perplexity=[perplexity],
             training=training_curves(folder),
+            samples=last_samples(folder),
         )
-    write_report(report, folder)
+        write_report(report, folder)
+        write_results_card(model, model_folder, report)
     return report
 
 
@@ -129,6 +135,13 @@ def training_curves(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the metrics lines of every run in a pipeline's folder, by run, in order."""
     runs = sorted(folder.glob("[0-9]*_*/metrics.jsonl"))
     return {path.parent.name: read_metrics(path) for path in runs}
+
+
+def last_samples(folder: Path) -> list[dict[str, Any]]:
+    """Return the conversations of the last validation of a pipeline's last stage that held any."""
+    runs = sorted(path.parent for path in folder.glob(f"[0-9]*_*/{SAMPLES_FILE}"))
+    samples = read_samples(runs[-1]) if runs else []
+    return [sample for sample in samples if sample["step"] == samples[-1]["step"]]
 
 
 def _report_of(

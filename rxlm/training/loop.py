@@ -26,6 +26,9 @@ from rxlm.training.schedule import learning_rate
 from rxlm.training.signals import StopRequest
 from rxlm.training.training_state import Best, TrainingState
 from rxlm.training.update import UpdateOutcome, run_update
+from rxlm.training.watching.failures import describe_batches, memory_reported, where_to_resume
+from rxlm.training.watching.samples import SampleFile
+from rxlm.training.watching.utilization import Utilization
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,12 @@ class TrainingLoop:
         self._stop = stop
         self._window = MetricWindow(state.window)
         self._logged = state
+        folder = parts.run.path if parts.world.is_main else None
+        self._last_batch: Any = None
+        self._samples = SampleFile(folder, state.step)
+        self._utilization = Utilization(
+            parts.objective, parts.strategy, parts.device, parts.settings.precision, folder
+        )
 
     def run(self) -> Ending:
         """Make steps; returns why they ended.
@@ -90,10 +99,15 @@ class TrainingLoop:
         parts, before = self._parts, self.state
         rate = learning_rate(self._settings, before.step)
         set_learning_rate(parts.optimizer, rate)
-        batches = self._loader.step_batches(before.step)
-        outcome = run_update(parts.strategy, batches, before.step, parts.device)
+        batches = list(self._loader.step_batches(before.step))
+        self._last_batch = batches[0]
+        doing = f"step {before.step + 1}"
+        with memory_reported(doing, batches, self._settings, self.checkpoint):
+            outcome = run_update(parts.strategy, batches, before.step, parts.device)
         if outcome.problem is None:
             self._window.add(outcome.metrics, outcome.num_targets)
+            if (limit := self._settings.grad_clip) is not None:
+                self._window.add({"clip_rate": float(outcome.metrics["grad_norm"] > limit)}, 1.0)
             parts.objective.after_step(before.step, outcome.metrics)
         skipped = int(outcome.problem is not None)
         self.state = before.model_copy(
@@ -106,24 +120,23 @@ class TrainingLoop:
             }
         )
         if outcome.problem is not None:
-            self._report_problem(outcome, rate)
+            self._report_problem(outcome, rate, describe_batches(batches))
         if self._is_due(self._settings.log_every):
             self._log(rate)
 
-    def _report_problem(self, outcome: UpdateOutcome, rate: float) -> None:
+    def _report_problem(self, outcome: UpdateOutcome, rate: float, batch: str) -> None:
         """Report a skipped step; give up after too many in a row."""
         settings, state = self._settings, self.state
-        logger.warning("step %d: skipped, %s", state.step, outcome.problem)
+        logger.warning("step %d: skipped, %s (%s)", state.step, outcome.problem, batch)
         if state.num_skipped_in_a_row <= settings.max_bad_steps:
             return
-        resumes = self.checkpoint or "the beginning (there is no checkpoint yet)"
         raise RunError(
-            f"step {state.step}: {outcome.problem}; {state.num_skipped_in_a_row} steps in a row "
-            f"were skipped (max_bad_steps={settings.max_bad_steps}). Lower lr (now {rate:.3g}, "
-            f"peak {settings.lr:.3g}), lengthen warmup_steps (now {settings.warmup_steps}), lower "
-            f"grad_clip (now {settings.grad_clip}) or use precision=fp32 (now "
-            f"{settings.precision}), then start the same command again. It will resume from "
-            f"{resumes}."
+            f"step {state.step}: {outcome.problem} ({batch}); "
+            f"{state.num_skipped_in_a_row} steps in a row were skipped (max_bad_steps="
+            f"{settings.max_bad_steps}). Lower lr (now {rate:.3g}, peak {settings.lr:.3g}), "
+            f"lengthen warmup_steps (now {settings.warmup_steps}), lower grad_clip (now "
+            f"{settings.grad_clip}) or use precision=fp32 (now {settings.precision}), then start "
+            f"the same command again. It will resume from {where_to_resume(self.checkpoint)}."
         )
 
     def _log(self, rate: float) -> None:
@@ -140,6 +153,9 @@ class TrainingLoop:
             "tokens_per_second": (state.num_tokens - before.num_tokens) / max(seconds, 1e-9),
             "seconds": state.seconds,
         }
+        if self._settings.watch.mfu:
+            speed = values["tokens_per_second"]
+            values |= self._utilization.measure(self._last_batch, state.step - 1, speed)
         self._sinks.write("train", state.step, values)
         self._view.report("train", state.step, values)
 
@@ -151,12 +167,14 @@ class TrainingLoop:
         # Every process measures the same: none would have anything else to do, and weights that
         # are cut up are needed from all. The numbers of process 0 count.
         with (
+            memory_reported(f"validation after step {step}", (), settings, self.checkpoint),
             isolated_random_state(seed),
             torch.no_grad(),
             autocast(parts.device, settings.precision),
             parts.strategy.whole_weights(),
         ):
             metrics = {name: float(value) for name, value in parts.objective.validate().items()}
+            watched = parts.objective.watch(settings.watch)
         metrics = parts.world.broadcast(metrics)
         parts.objective.set_training_mode()
         if not metrics:
@@ -166,7 +184,8 @@ class TrainingLoop:
                 f"best_metric='{settings.best_metric}': validation of {parts.objective.name} "
                 f"measures {', '.join(sorted(metrics))}. Use one of them."
             )
-        self._sinks.write("validation", step, metrics)
+        self._sinks.write("validation", step, {**watched.metrics, **metrics})
+        self._samples.write(step, watched.samples)
         self._view.report("validation", step, metrics)
         return self._note_validation(metrics)
 

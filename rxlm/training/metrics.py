@@ -20,8 +20,8 @@ from rxlm.training.loggers import MetricLogger
 
 logger = logging.getLogger(__name__)
 
-TIMING_FIELDS = ("seconds", "tokens_per_second")
-"""Fields of a line that depend on the machine and not on the run."""
+TIMING_FIELDS = ("seconds", "tokens_per_second", "mfu", "flops_per_token")
+"""Fields of a line that depend on the machine (or on where a run was interrupted)."""
 
 
 class MetricWindow:

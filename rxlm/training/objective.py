@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rxlm.errors import UserError
 from rxlm.training.optim import decay_groups
 from rxlm.training.settings import TrainSettings
+from rxlm.training.watch import Watched, WatchSettings
 
 
 class StepOutput(NamedTuple):
@@ -108,6 +109,10 @@ class Objective(abc.ABC):
         generators that are put back afterwards: validation never changes training.
         """
         return {}
+
+    def watch(self, settings: WatchSettings) -> Watched:
+        """Return what else there is to see; called after, and under the terms of, `validate`."""
+        return Watched({}, [])
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:  # noqa: B027
         """Update curricula after update ``step``; not called for a step that was skipped.

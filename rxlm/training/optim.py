@@ -6,13 +6,14 @@ Not here: learning rates (``schedule.py``) and the update itself (``update.py``)
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rxlm.errors import UserError
+from rxlm.training.master_weights import MasterWeights
 from rxlm.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,12 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 def build_optimizer(
-    module: nn.Module, groups: Sequence[Mapping[str, Any]], settings: TrainSettings
+    module: nn.Module,
+    groups: Sequence[Mapping[str, Any]],
+    settings: TrainSettings,
+    masters: MasterWeights | None = None,
 ) -> torch.optim.AdamW:
-    """Return AdamW over ``groups``.
+    """Return AdamW over ``groups``; with ``masters``, over those of the groups' parameters.
 
     Raises:
         ValueError: when a trainable parameter is in no group or in several, or a group holds a
@@ -71,7 +75,10 @@ def build_optimizer(
     # The fused kernel exists for these devices and saves a dozen launches per parameter.
     fused = all(param.device.type in {"cpu", "cuda"} for param in grouped)
     return torch.optim.AdamW(
-        [{"lr_scale": 1.0, **group} for group in groups],
+        [
+            {"lr_scale": 1.0, **group, "params": _optimized(group["params"], masters)}
+            for group in groups
+        ],
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
@@ -86,17 +93,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_scale"]
 
 
-def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(
+    module: nn.Module, optimizer: torch.optim.Optimizer, masters: MasterWeights | None = None
+) -> dict[str, Tensor]:
     """Return the optimizer state as tensors named ``<parameter>/exp_avg`` and the like."""
+    parameters = trainable_parameters(module)
+    optimized = _optimized(parameters.values(), masters)
     return {
         f"{name}/{key}": value.detach().contiguous()
-        for name, param in trainable_parameters(module).items()
+        for name, param in zip(parameters, optimized, strict=True)
         for key, value in optimizer.state.get(param, {}).items()
     }
 
 
 def load_optimizer_tensors(
-    module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    masters: MasterWeights | None = None,
 ) -> None:
     """Put back what :func:`optimizer_tensors` returned.
 
@@ -107,7 +121,9 @@ def load_optimizer_tensors(
     Raises:
         UserError: when a saved tensor does not fit its parameter.
     """
-    names = {id(param): name for name, param in trainable_parameters(module).items()}
+    parameters = trainable_parameters(module)
+    optimized = _optimized(parameters.values(), masters)
+    names = {id(param): name for name, param in zip(parameters, optimized, strict=True)}
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("/")
@@ -129,6 +145,10 @@ def load_optimizer_tensors(
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
+
+
+def _optimized(parameters: Iterable[Tensor], masters: MasterWeights | None) -> list[Tensor]:
+    return [param if masters is None else masters.of(param) for param in parameters]
 
 
 def _decays(parameter: nn.Parameter) -> bool:

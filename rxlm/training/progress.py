@@ -167,7 +167,7 @@ def format_metrics(values: Mapping[str, float], limit: int | None = None) -> str
     return ", ".join(parts)
 
 
-_OWN_FORM = ("tokens_per_second", "seconds", "num_tokens", "num_skipped")
+_OWN_FORM = ("tokens_per_second", "seconds", "num_tokens", "num_skipped", "flops_per_token")
 
 
 def format_duration(seconds: float | None) -> str:

@@ -41,6 +41,7 @@ _NO_EFFECT_ON_RESULT = frozenset(
     {
         "device", "threads", "prefetch", "gradient_checkpointing", "strategy", "deepspeed",
         "log_every", "save_every", "keep_last", "loggers", "wandb_project", "trackio_project",
+        "watch",
     }
 )  # fmt: skip
 

@@ -81,7 +81,7 @@ def save_run(parts: RunParts, state: TrainingState) -> Path:
         config_fingerprint=fingerprint(parts.run.config),
     )
 
-    with parts.strategy.whole_weights():
+    with parts.strategy.whole_weights(), parts.strategy.exact_weights():
         path = _write(parts, state, snapshot) if parts.world.is_main else None
     # The others go on when the files are there.
     saved = parts.world.broadcast(path)
@@ -131,7 +131,8 @@ def restore_run(parts: RunParts, checkpoint: Path) -> TrainingState:
         fresh = sorted(set(trained) - set(snapshot.trained))
         stopped = sorted(set(snapshot.trained) - set(trained))
         logger.warning("what trains has changed: new %s, no longer %s", fresh, stopped)
-    parts.objective.load_model_weights(checkpoint)
+    with parts.strategy.exact_weights():
+        parts.objective.load_model_weights(checkpoint)
     parts.objective.load_state_dict(snapshot.objective)
     parts.strategy.start()
     parts.strategy.load_optimizer_tensors(snapshot.optimizer)

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from rxlm.configuration import Config
 from rxlm.errors import UserError
+from rxlm.training.watch import WatchSettings
 
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
 
@@ -47,8 +48,9 @@ class TrainSettings(Config):
 
     accumulation: int = Field(default=1, gt=0)
     """Micro-batches per update; they are weighted by their targets."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16`` runs the forward pass under autocast; weights stay fp32."""
+    precision: Literal["fp32", "bf16", "bf16_pure"] = "fp32"
+    """``bf16`` runs the forward pass under autocast, weights stay fp32; ``bf16_pure``: the weights
+    and gradients are bf16, too, and the optimizer works on fp32 masters of them."""
     gradient_checkpointing: Literal["none", "layers", "turns", "both"] = "none"
     """What is computed again in the backward pass to save memory: what happens inside each layer,
     inside each turn (memory writes; turns of a decoder that carries a state), or both."""
@@ -84,6 +86,8 @@ class TrainSettings(Config):
     """How many steps in a row may be skipped for a non-finite loss or gradient."""
     loggers: tuple[LoggerName, ...] = ("tensorboard",)
     """Where metrics go besides ``metrics.jsonl``: ``tensorboard``, ``wandb``, ``trackio``."""
+    watch: WatchSettings = WatchSettings()
+    """What is measured beside the loss; costs time at log lines and validations only."""
     wandb_project: str | None = None
     """Project of Weights & Biases (default ``rxlm``); giving one switches ``wandb`` on."""
     trackio_project: str | None = None
@@ -101,6 +105,12 @@ class TrainSettings(Config):
                 f"strategy={self.strategy} with deepspeed={self.deepspeed}: strategy: deepspeed "
                 "needs a file, such as deepspeed: stages/deepspeed/zero2.json, and no other "
                 "strategy reads one."
+            )
+        if self.precision == "bf16_pure" and self.strategy == "deepspeed":
+            raise UserError(
+                "precision=bf16_pure with strategy=deepspeed: DeepSpeed would cut up bf16 weights "
+                "without their fp32 masters. Use precision=bf16 (products in bf16; ZeRO cuts up "
+                "the fp32 weights), or strategy=ddp."
             )
         if self.early_stop_patience is not None and self.validate_every is None:
             raise UserError(

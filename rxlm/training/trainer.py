@@ -24,6 +24,7 @@ from rxlm.training.distributed.world import World, current_world
 from rxlm.training.distributed.zero import ZeRO, read_deepspeed_file, require_deepspeed
 from rxlm.training.loggers import check_loggers, open_loggers
 from rxlm.training.loop import Ending, TrainingLoop
+from rxlm.training.master_weights import MasterWeights
 from rxlm.training.metrics import MetricSinks
 from rxlm.training.objective import Objective
 from rxlm.training.optim import build_optimizer, trainable_parameters
@@ -64,6 +65,7 @@ def make_strategy(
     settings: TrainSettings,
     device: torch.device,
     world: World,
+    masters: MasterWeights | None = None,
 ) -> Strategy:
     """Return how the processes of the run share their updates.
 
@@ -81,7 +83,7 @@ def make_strategy(
         assert settings.deepspeed is not None, "checked by TrainSettings"
         read_deepspeed_file(settings.deepspeed)
         kind = ZeRO
-    return kind(objective, optimizer, settings, device, world)
+    return kind(objective, optimizer, settings, device, world, masters)
 
 
 class Trainer:
@@ -119,8 +121,10 @@ class Trainer:
             turns=settings.gradient_checkpointing in ("turns", "both"),
         )
         module = objective.trained_modules().to(device)
-        optimizer = build_optimizer(module, objective.parameter_groups(settings), settings)
-        strategy = make_strategy(objective, optimizer, settings, device, world)
+        masters = MasterWeights(module) if settings.precision == "bf16_pure" else None
+        groups = objective.parameter_groups(settings)
+        optimizer = build_optimizer(module, groups, settings, masters)
+        strategy = make_strategy(objective, optimizer, settings, device, world, masters)
         self._parts = RunParts(objective, settings, run, device, module, optimizer, strategy)
         # Counted now: some strategies cut parameters up.
         self._num_trained = sum(item.numel() for item in trainable_parameters(module).values())

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rxlm.training.device import move_to_device
 from rxlm.training.distributed.strategy import Strategy
@@ -68,7 +68,7 @@ def run_update(
     sums, norm = _weighted_sums([item for item in outputs if item.num_targets], grad_norm)
     means = _means(world.gather(sums))
     metrics = {"loss": means.pop("loss"), "grad_norm": norm, **means}
-    problem = _find_problem(metrics, strategy.objective.trained_modules())
+    problem = _find_problem(metrics, strategy)
     if problem is None:
         strategy.step()
     return UpdateOutcome(problem, metrics, num_targets, num_tokens)
@@ -104,13 +104,13 @@ def _means(parts: list[Sums]) -> dict[str, float]:
     return {name: total / weight for name, (total, weight) in sums.items() if weight}
 
 
-def _find_problem(metrics: dict[str, float], module: nn.Module) -> str | None:
+def _find_problem(metrics: dict[str, float], strategy: Strategy) -> str | None:
     """Say which number is not finite; ``None`` when all are well."""
     if not math.isfinite(metrics["loss"]):
         return f"the loss is {metrics['loss']}"
     if math.isfinite(metrics["grad_norm"]):
         return None
-    for name, param in module.named_parameters():
-        if param.grad is not None and not torch.isfinite(param.grad).all():
+    for name, gradient in strategy.gradients().items():
+        if not torch.isfinite(gradient).all():
             return f"the gradient norm is {metrics['grad_norm']} (first in '{name}')"
     return f"the gradient norm is {metrics['grad_norm']}"

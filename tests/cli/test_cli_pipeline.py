@@ -8,9 +8,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from rxlm.cli.main import main
+from rxlm.storage.model_card import is_untouched
 from rxlm.training.objectives.sft import SFTObjective
 from rxlm.training.run_folder import read_status
 
@@ -42,6 +44,22 @@ def test_all_stages_and_the_report_are_there(micro_pipeline: Path) -> None:
     assert (micro_pipeline / "report.md").is_file()
     assert "<html" in (micro_pipeline / "report.html").read_text(encoding="utf-8")
     assert list((micro_pipeline / "figures").glob("*.png"))
+
+
+def test_the_card_of_the_model_has_the_results(micro_pipeline: Path) -> None:
+    """Catches a final model whose card does not tell what was measured of it."""
+    report = json.loads((micro_pipeline / "report.json").read_text(encoding="utf-8"))
+    (readme,) = micro_pipeline.glob("50_memory_aware/checkpoints/step-000002/README.md")
+    text = readme.read_text(encoding="utf-8")
+    head = yaml.safe_load(text.split("---")[1])
+    shown = {
+        item["name"]: item["value"] for item in head["model-index"][0]["results"][0]["metrics"]
+    }
+    for figure in report["recall"]["summary"]:
+        assert shown[figure["label"]] == figure["value"]
+    assert any(name.startswith("answer perplexity") for name in shown)
+    assert "## Memory test" in text and "## Recall by distance" in text
+    assert is_untouched(text)
 
 
 def test_second_run_skips_everything(

@@ -130,6 +130,21 @@ def test_model_that_is_not_that_of_the_weights(
     assert "the recipe's model is not that of" in error_text
 
 
+def test_a_run_is_not_resumed_with_another_model(
+    nano: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a resumed run that begins anew, or fails without saying what has changed."""
+    assert train(nano, runs, "20_joint_lm", *OVERRIDES) == 0
+    config = (runs / "20_joint_lm" / "config.yaml").read_text(encoding="utf-8")
+    words = (*OVERRIDES, "train.steps=5", "model.decoder.ff_dim=24")
+    assert train(nano, runs, "20_joint_lm", *words) == 2
+    error_text = capsys.readouterr().err
+    assert "decoder.ff_dim: 16 -> 24" in error_text
+    assert "train into another folder" in error_text
+    assert (runs / "20_joint_lm" / "config.yaml").read_text(encoding="utf-8") == config
+    assert train(nano, runs, "20_joint_lm", *OVERRIDES, "train.steps=5") == 0
+
+
 def test_text_is_read_by_joint_lm(
     nano: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

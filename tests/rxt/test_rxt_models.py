@@ -435,6 +435,7 @@ def test_an_exported_memory_can_be_loaded_again(model: RxTAlpha) -> None:
         (torch.zeros(2, 2, 6, 16), "2 conversations"),
         (torch.full((2, 1, 6, 16), float("nan")), "not finite"),
         (torch.zeros(2, 1, 6, 16, dtype=torch.int32), "int32"),
+        (torch.zeros(2, 1, 6, 16, dtype=torch.bfloat16), r"memory is torch\.float32.*convert"),
     ],
 )
 def test_a_wrong_memory_is_refused_and_the_old_one_kept(

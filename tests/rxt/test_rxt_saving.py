@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,50 +306,6 @@ def test_a_path_without_model_says_what_is_there(tmp_path: Path) -> None:
 def test_load_is_the_short_way(folder: Path, model: RxTAlpha) -> None:
     """Catches rxlm.load() not finding what resolve_model_dir() finds."""
     assert rxlm.load(folder).fingerprint() == model.fingerprint()
-
-
-# The Hub.
-
-
-def test_pushing_uploads_a_loadable_folder(
-    model: RxTAlpha, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches an upload that misses a file, or that ignores 'private'."""
-    calls: list[Any] = []
-
-    class Api:
-        def __init__(self, token: str | None = None) -> None:
-            calls.append(token)
-
-        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
-            calls.append((repo_id, private, exist_ok))
-
-        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
-            calls.append(RxTAlpha.from_pretrained(folder_path).fingerprint())
-            return f"https://example.org/{repo_id}"
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=Api))
-    address = model.push_to_hub("ann/nano", private=True, token="secret")
-    assert address == "https://example.org/ann/nano"
-    assert calls == ["secret", ("ann/nano", True, True), model.fingerprint()]
-
-
-def test_only_hub_addresses_are_downloaded(
-    folder: Path, model: RxTAlpha, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches a mistyped path that becomes a download, and an address that does not."""
-    asked: list[str] = []
-
-    def download(repo_id: str) -> str:
-        asked.append(repo_id)
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(UserError, match="hf://owner/name"):
-        rxlm.load("ann/nano")
-    assert asked == []
-    assert rxlm.load("hf://ann/nano").fingerprint() == model.fingerprint()
-    assert asked == ["ann/nano"]
 
 
 # Fingerprints.

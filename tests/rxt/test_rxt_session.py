@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rxlm.data import load_conversations
 from rxlm.errors import RunError, UserError
@@ -300,6 +302,10 @@ def test_another_model_is_refused_with_the_reason(
     for part, other in others.items():
         with pytest.raises(UserError, match=f"another model: .*{part} differs"):
             Session.load(tmp_path, other)
+    with pytest.raises(UserError, match="weights differs"):
+        Session.load(tmp_path, make_model(eos_bias=4.0).double())
+    with pytest.raises(UserError, match="architecture differs"):
+        Session.load(tmp_path, make_model(eos_bias=4.0, stm_size=7))
     with pytest.raises(UserError) as error:
         Session.load(tmp_path, others["weights"])
     assert "architecture differs" not in str(error.value)
@@ -310,6 +316,18 @@ def edit_meta(folder: Path, **values: Any) -> None:
     (folder / META_FILE).write_text(json.dumps({**meta, **values}))
 
 
+def edit_memory(
+    folder: Path, edit: Callable[[torch.Tensor], torch.Tensor], forge: bool = False
+) -> None:
+    """Change every memory in a session; ``forge`` makes meta.json agree."""
+    path = folder / "memory.safetensors"
+    save_file({name: edit(slots).contiguous() for name, slots in load_file(path).items()}, path)
+    if forge:
+        digests = json.loads((folder / META_FILE).read_text())["sha256"]
+        digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        edit_meta(folder, sha256=digests)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda folder: [item.unlink() for item in folder.iterdir()], "no meta.json"),
     "memory cut": (
@@ -317,6 +335,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "memory.safetensors was changed or damaged",
     ),
     "memory gone": (lambda folder: (folder / "memory.safetensors").unlink(), "is missing"),
+    "another type": (
+        lambda folder: edit_memory(folder, lambda slots: slots.bfloat16()),
+        "memory.safetensors was changed or damaged",
+    ),
+    "another shape": (
+        lambda folder: edit_memory(folder, lambda slots: slots[:, :, :-1], forge=True),
+        r"has shape \[2, 1, 5, 16\].*another model",
+    ),
     "turns edited": (
         lambda folder: (folder / "turns.jsonl").write_text("{}\n"),
         "turns.jsonl was changed",

@@ -11,7 +11,7 @@ of many turns, which runs decoder and memory once a turn, is reduced once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rxlm.training.device import autocast
 from rxlm.training.distributed.world import World
+from rxlm.training.master_weights import MasterWeights, broadcast, mean_gradients
 from rxlm.training.objective import Objective, StepOutput
-from rxlm.training.optim import load_optimizer_tensors, optimizer_tensors
+from rxlm.training.optim import (
+    load_optimizer_tensors,
+    optimizer_tensors,
+    trainable_parameters,
+)
 from rxlm.training.settings import TrainSettings
 
 
@@ -59,8 +64,10 @@ class Strategy:
         settings: TrainSettings,
         device: torch.device,
         world: World | None = None,
+        masters: MasterWeights | None = None,
     ) -> None:
         self.objective = objective
+        self._masters = masters
         self.optimizer = optimizer
         self.world = World() if world is None else world
         self._settings, self._device = settings, device
@@ -85,6 +92,9 @@ class Strategy:
         # The number of all targets is known only after the last micro-batch: it divides later.
         if output.num_targets > 0:
             (output.loss * output.num_targets).backward()
+        if self._masters is not None:
+            # After every micro-batch: a sum of many would be rounded each time.
+            self._masters.take_gradients()
         return output
 
     def finish_gradient(self, num_targets: int) -> Tensor:
@@ -93,27 +103,48 @@ class Strategy:
         Returns:
             its norm before clipping, a scalar.
         """
-        parameters = [item for group in self.optimizer.param_groups for item in group["params"]]
         scale = self.world.size / num_targets
-        return scale_and_clip(parameters, scale, self._settings.grad_clip)
+        return scale_and_clip(self._optimized(), scale, self._settings.grad_clip)
 
     def step(self) -> None:
         """Change the weights."""
         self.optimizer.step()
+        if self._masters is not None:
+            self._masters.round()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradients that this process holds, by parameter name."""
+        found = {}
+        for name, param in trainable_parameters(self.objective.trained_modules()).items():
+            gradient = (param if self._masters is None else self._masters.of(param)).grad
+            if gradient is not None:
+                found[name] = gradient
+        return found
+
+    def _optimized(self) -> list[Tensor]:
+        return [item for group in self.optimizer.param_groups for item in group["params"]]
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
         """Have all weights in every process for the time of a block (to save or to measure)."""
         yield
 
+    @contextlib.contextmanager
+    def exact_weights(self) -> Iterator[None]:
+        """Have the weights as precise as they are trained (to save or to load them)."""
+        with contextlib.nullcontext() if self._masters is None else self._masters.exact():
+            yield
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Return the whole optimizer state by parameter name; called in every process, of use in
         process 0. It does not depend on the strategy or on the number of processes."""
-        return optimizer_tensors(self.objective.trained_modules(), self.optimizer)
+        module = self.objective.trained_modules()
+        return optimizer_tensors(module, self.optimizer, self._masters)
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`optimizer_tensors` of any strategy returned; after ``start``."""
-        load_optimizer_tensors(self.objective.trained_modules(), self.optimizer, tensors)
+        module = self.objective.trained_modules()
+        load_optimizer_tensors(module, self.optimizer, tensors, self._masters)
 
 
 class DataParallel(Strategy):
@@ -123,6 +154,11 @@ class DataParallel(Strategy):
 
     def start(self) -> None:
         """Give every process the weights of process 0, and wrap the loss."""
+        if self._masters is not None:
+            # DDP would add up in bfloat16: gradients are exchanged by hand, in float32.
+            with self._masters.exact():
+                broadcast(list(self.objective.trained_modules().parameters()))
+            return
         # Which parameters a step uses depends on the step: a curriculum may begin without memory.
         # A parameter that no process used keeps no gradient, as in a single process.
         self._wrapped = DistributedDataParallel(
@@ -131,11 +167,21 @@ class DataParallel(Strategy):
 
     def compute(self, batch: Any, step: int, *, is_last: bool) -> StepOutput:
         """As :meth:`Strategy.compute`; the last micro-batch makes the processes exchange."""
+        if self._masters is not None:
+            return super().compute(batch, step, is_last=is_last)
         with contextlib.nullcontext() if is_last else self._wrapped.no_sync():
             output: StepOutput = self._wrapped(batch, step)
             # All processes exchange equally often, also one that has nothing to learn here.
             targets_or_nothing(output).backward()
         return output
+
+    def finish_gradient(self, num_targets: int) -> Tensor:
+        """As :meth:`Strategy.finish_gradient`."""
+        if self._masters is not None:
+            parameters = self._optimized()
+            present = self.world.gather([param.grad is not None for param in parameters])
+            mean_gradients(parameters, present, self.world.size)
+        return super().finish_gradient(num_targets)
 
 
 def targets_or_nothing(output: StepOutput) -> Tensor:
@@ -145,7 +191,7 @@ def targets_or_nothing(output: StepOutput) -> Tensor:
     return torch.nan_to_num(output.loss) * 0.0
 
 
-def scale_and_clip(parameters: list[nn.Parameter], scale: float, max_norm: float | None) -> Tensor:
+def scale_and_clip(parameters: Sequence[Tensor], scale: float, max_norm: float | None) -> Tensor:
     """Multiply all gradients by ``scale``, then shrink them to ``max_norm`` if they are longer.
 
     Returns:

@@ -42,6 +42,8 @@ from rxlm.training.objectives.masked_lm import MaskReplacement, MLMHead, TokenMa
 from rxlm.training.objectives.model_objective import ModelObjective
 from rxlm.training.objectives.row_windows import TextRows, batch_windows, conversation_rows
 from rxlm.training.rng import derive_generator, derive_seed
+from rxlm.training.watch import Watched, WatchSettings
+from rxlm.training.watching.memory_use import loss_by_turn
 
 logger = logging.getLogger(__name__)
 
@@ -323,6 +325,19 @@ class JointLMObjective(ModelObjective):
         metrics = {name: float(value) for name, value in _metrics(all_mlm, all_lm).items()}
         measured = {name: value for name, value in metrics.items() if not math.isnan(value)}
         return {"loss": float(self._total(all_mlm, all_lm)), **measured}
+
+    def watch(self, settings: WatchSettings) -> Watched:
+        """Measure the decoder's loss by turn (by row of a window, for documents)."""
+        if not settings.memory_dialogues:
+            return Watched({}, [])
+        positions = range(settings.memory_dialogues)
+        batch = self._batch(self.valid_source, positions, derive_seed(0, "watch"))
+        batch = self.to_device(batch)
+        encoded = encode_turns(self.model.encoder, batch.dialogues)
+        answers = self._answers(batch, self._noised(encoded, batch))
+        if not answers:
+            return Watched({}, [])
+        return Watched(loss_by_turn(answers, batch.dialogues.num_dialogues), [])
 
 
 def _drawn_size(batch: JointBatch, mask: Tensor) -> tuple[int, int]:

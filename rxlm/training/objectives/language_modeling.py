@@ -25,6 +25,8 @@ from rxlm.ops.padding import padded
 from rxlm.training.device import move_to_device
 from rxlm.training.objective import Objective, StepOutput
 from rxlm.training.objectives.row_windows import TextRows
+from rxlm.training.watch import Watched, WatchSettings
+from rxlm.training.watching.samples import continued_texts
 
 NOT_ARCHITECTURE = ("dropout", "init_std", "max_seq_len")
 """Fields of the configuration that weights do not depend on (``max_seq_len`` does count for
@@ -155,6 +157,12 @@ class LMObjective(Objective):
             "perplexity": math.exp(min(mean, 700.0)),
             "accuracy": correct / num_targets,
         }
+
+    def watch(self, settings: WatchSettings) -> Watched:
+        """Let the model continue the first halves of validation rows."""
+        count = min(settings.sample_dialogues, self.valid_rows.size(1))
+        rows = [self.valid_rows.sample(position, 1)[0].ids for position in range(count)]
+        return Watched({}, continued_texts(self.model, rows, settings))
 
     def architecture(self) -> dict[str, Any]:
         """Return the configuration that weights depend on, tokenizer included."""

@@ -45,6 +45,9 @@ from rxlm.training.objective import StepOutput
 from rxlm.training.objectives.curriculum import Curriculum, Phase
 from rxlm.training.objectives.expert_balance import with_balance
 from rxlm.training.objectives.model_objective import ModelObjective
+from rxlm.training.watch import Watched, WatchSettings
+from rxlm.training.watching.memory_use import memory_use
+from rxlm.training.watching.samples import held_conversations
 
 
 class MemoryAwareSettings(Config):
@@ -233,6 +236,20 @@ class MemoryAwareObjective(ModelObjective):
             exact.append(exact_batch)
             group.append(group_batch)
         return _validation_metrics(losses / tokens, torch.cat(exact), torch.cat(group))
+
+    def watch(self, settings: WatchSettings) -> Watched:
+        """Measure how the memory is used, and let the model hold conversations."""
+        turns = self.settings.phases[-1].turns
+        measures: dict[str, float] = {}
+        if settings.memory_dialogues:
+            conversations = [
+                self.valid_source.sample(position, turns)
+                for position in range(settings.memory_dialogues)
+            ]
+            batch = self._batch(self.valid_source, conversations, 0, chat_answers=1.0)
+            measures = memory_use(self.model, self.to_device(batch))
+        samples = held_conversations(self.model, self.valid_source, settings)
+        return Watched(measures, samples)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curriculum's state."""

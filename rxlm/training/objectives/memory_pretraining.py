@@ -29,6 +29,8 @@ from rxlm.rxt.unroll import EncodedTurns, encode_turns, scan_memory
 from rxlm.training.objective import StepOutput
 from rxlm.training.objectives.model_objective import ModelObjective
 from rxlm.training.objectives.row_windows import batch_windows, conversation_rows
+from rxlm.training.watch import Watched, WatchSettings
+from rxlm.training.watching.memory_use import write_measures
 
 Alignment = Literal["content", "position"]
 
@@ -183,6 +185,19 @@ class MemoryPretrainingObjective(ModelObjective):
             name: sum(float(getattr(score, name)) * score.num_turns for score in scores) / num_turns
             for name in ("loss", "cosine", "write_size")
         }
+
+    def watch(self, settings: WatchSettings) -> Watched:
+        """Measure whether the slots are kept apart (``write_size`` is measured anyway)."""
+        if not settings.memory_dialogues:
+            return Watched({}, [])
+        batch = self.to_device(self._batch(self.valid_source, range(settings.memory_dialogues)))
+        count = batch.num_dialogues
+        encoded = encode_turns(self.model.encoder, batch)
+        initial = self.model.initial_memory(count, seed=batch.memory_seed)
+        memories = scan_memory(self.model.memory_attention, initial, encoded, batch.num_turns)
+        measures = write_measures(memories, encoded, count)
+        del measures["write_size"]
+        return Watched(measures, [])
 
 
 def align_by_content(

@@ -6,7 +6,10 @@ a folder of ROOT; the tests run the same cases in one process and compare.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +100,14 @@ SHARED = (
 """What is compared with one process."""
 RESUMED = tuple(Case("memory_aware", strategy=name, steps=4) for name in ("zero1", "zero3"))
 """Runs that one process began, and that several continue."""
+STOPPED = tuple(Case("memory_aware", strategy=name, steps=4) for name in ("ddp", "zero2"))
+"""Runs of which one process gets SIGTERM in its second step; then they go on."""
+GROWN = Case("memory_aware", "gated_deltanet", steps=4)
+"""One process makes the first two steps, two make the others."""
+SHRUNK = Case("sft", steps=2)
+"""Two processes make the first two steps; one makes two more."""
+PURE = Case("memory_aware", "gla", steps=3)
+"""Under ``bf16_pure``."""
 
 
 def tokenizer() -> Tokenizer:
@@ -104,8 +115,13 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(conversation_texts(conversations), TokenizerTraining(vocab_size=384))
 
 
-def run_case(case: Case, root: Path, tokens: Tokenizer, **settings: Any) -> TrainResult:
-    """Train one case into its folder; shared by the processes if there are several."""
+def run_case(
+    case: Case, root: Path, tokens: Tokenizer, stop_at: int | None = None, **settings: Any
+) -> TrainResult:
+    """Train one case into its folder; shared by the processes if there are several.
+
+    In step ``stop_at``, the last process gets SIGTERM.
+    """
     world = current_world()
     shared = {} if world.size == 1 else strategy_settings(case.strategy)
     train = TrainSettings(
@@ -130,7 +146,17 @@ def run_case(case: Case, root: Path, tokens: Tokenizer, **settings: Any) -> Trai
     )
     run = RunFolder.open(root / case.name, "test", {"case": case.name}, writes=world.is_main)
     world.wait()
-    return Trainer(objective_of(case, tokens), train, run).train()
+    objective = objective_of(case, tokens)
+    if stop_at is not None and world.rank == world.size - 1:
+        after_step = objective.after_step
+
+        def stopping(step: int, metrics: Any) -> None:
+            after_step(step, metrics)
+            if step == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+
+        objective.after_step = stopping
+    return Trainer(objective, train, run).train()
 
 
 def strategy_settings(name: str) -> dict[str, Any]:
@@ -220,6 +246,20 @@ def fail_in_process_1(world: World, root: Path, tokens: Tokenizer) -> None:
     Trainer(objective, settings, run).train()
 
 
+def run_faults(world: World, root: Path, tokens: Tokenizer) -> None:
+    """Stop and go on, go on with what one process began, and round weights."""
+    for case in STOPPED:
+        if case.strategy != "ddp" and importlib.util.find_spec("deepspeed") is None:
+            continue
+        first = run_case(case, root, tokens, stop_at=1)
+        second = run_case(case, root, tokens)
+        report = [first.status, first.step, first.signal, second.status, second.step]
+        (root / f"{case.name}.{world.rank}.json").write_text(json.dumps(report))
+    for case in (GROWN, SHRUNK):
+        run_case(case, root, tokens)
+    run_case(PURE, root, tokens, precision="bf16_pure", accumulation=2)
+
+
 def main(root: Path) -> None:
     only = os.environ.get("RXLM_CASES")
     # Scores in chunks here, in one piece in the one process that this is compared with.
@@ -228,6 +268,8 @@ def main(root: Path) -> None:
         tokens = tokenizer()
         if only == "failing":
             fail_in_process_1(world, root, tokens)
+        if only == "faults":
+            run_faults(world, root, tokens)
         for case in (*SHARED, *RESUMED):
             if only is None or only in case.name:
                 run_case(case, root, tokens)

@@ -7,8 +7,10 @@ compares many runs. Not here: how a batch is cut (test_training_sharding).
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -143,6 +145,42 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
     assert result.returncode != 0
     assert time.perf_counter() - begin < 120
     assert "this dialogue is damaged" in result.stderr
+
+
+def test_two_processes_stop_and_go_on_together(cases: ModuleType, tmp_path: Path) -> None:
+    """Catches a process that stops alone (the others wait for ever) or at another step, a run that
+    cannot go on with more or fewer processes or sees other data then, and bfloat16 weights whose
+    gradients are not exchanged."""
+    tokens, alone = cases.tokenizer(), tmp_path / "alone"
+    cases.run_case(cases.GROWN, tmp_path, tokens, steps=2)
+    result = launch(str(CASES), str(tmp_path), RXLM_CASES="faults")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    stopped = [case for case in cases.STOPPED if case.strategy == "ddp" or has_deepspeed]
+    expected = ["interrupted", 2, signal.SIGTERM, "complete", 4]
+    for case in stopped:
+        for rank in range(2):
+            assert json.loads((tmp_path / f"{case.name}.{rank}.json").read_text()) == expected
+    cases.run_case(cases.SHRUNK, tmp_path, tokens, steps=4)
+    found = []
+    for case in (*stopped, cases.GROWN, cases.SHRUNK):
+        whole = case._replace(strategy="alone")
+        if not (alone / whole.name).exists():
+            cases.run_case(whole, alone, tokens, steps=4)
+        found += differences(alone / whole.name, tmp_path / case.name, {"loss", *NOT_LINEAR})
+    assert not [line for line in found if "safetensors" in line], "\n".join(found)
+
+    cases.run_case(cases.PURE, alone, tokens, precision="bf16_pure", accumulation=2)
+    begin = cases.objective_of(cases.PURE, tokens).model.state_dict()
+    one, two = (
+        load_file(checkpoint(root / cases.PURE.name) / "model.safetensors")
+        for root in (alone, tmp_path)
+    )
+    moved = sum(float((one[name] - begin[name]).square().sum()) for name in one)
+    apart = sum(float((one[name] - two[name]).square().sum()) for name in one)
+    # Gradients of other batch sizes are rounded otherwise; unshared ones would be far apart.
+    assert apart < 0.1**2 * moved, (apart, moved)
 
 
 def test_the_command_line_trains_in_two_processes(cases: ModuleType, tmp_path: Path) -> None:
