@@ -28,7 +28,6 @@ from pydantic import BaseModel
 from typer.main import get_command
 
 from rxlm.cli.main import Invocation, build_app
-from rxlm.configuration import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 MADE_BY = "<!-- Made by scripts/api_reference.py: change the docstrings, then run it. -->"
@@ -188,6 +187,14 @@ def reference() -> dict[str, str]:
     """Return the text of every page, by its path under ``docs``."""
     pages: dict[str, str] = {}
     seen: set[int] = set()
+    listed: dict[type, str] = {}
+    for name, page in PAGES.items():
+        for module_name in page.modules:
+            for entry in public_names(importlib.import_module(module_name)):
+                if inspect.isclass(entry.value):
+                    listed.setdefault(
+                        entry.value, f"[{entry.name}]({name}.md#{entry.name.lower()})"
+                    )
     index = ["# API reference", "", MADE_BY, ""]
     index += ["Made from the docstrings. The guides begin on [the start page](../index.md).", ""]
     for name, page in PAGES.items():
@@ -201,7 +208,7 @@ def reference() -> dict[str, str]:
                 continue
             lines += [f"## {module_name}", "", markdown(module.__doc__ or ""), ""]
             for entry in entries:
-                lines += [*describe(entry, module), ""]
+                lines += [*describe(entry, module, listed), ""]
                 first = summary(entry)
                 index.append(f"| [{entry.name}]({name}.md#{entry.name.lower()}) | {first} |")
         index.append("")
@@ -303,11 +310,11 @@ def summary(entry: Entry) -> str:
     return cell(inline(first.rstrip(":")))
 
 
-def describe(entry: Entry, module: ModuleType) -> list[str]:
-    """Return the section of one name."""
+def describe(entry: Entry, module: ModuleType, listed: Mapping[type, str]) -> list[str]:
+    """Return the section of one name; ``listed`` has the links of all classes."""
     lines = [f"### {entry.name}", ""]
     if inspect.isclass(entry.value):
-        return lines + describe_class(entry.value, module)
+        return lines + describe_class(entry.value, module, listed)
     if inspect.isfunction(entry.value):
         text = markdown(own_doc(entry.value))
         return [*lines, *fence(signature(entry.name, entry.value)), text]
@@ -315,9 +322,15 @@ def describe(entry: Entry, module: ModuleType) -> list[str]:
     return [*lines, *fence(source), markdown(text)]
 
 
-def describe_class(cls: type, module: ModuleType) -> list[str]:
-    """Return constructor, fields and public methods of a class, with those that it inherits."""
+def describe_class(cls: type, module: ModuleType, listed: Mapping[type, str]) -> list[str]:
+    """Return constructor, fields and public methods of a class, with those that it inherits.
+
+    What it inherits from a class that is listed as well is found there.
+    """
     lines = fence(f"from {module.__name__} import {cls.__name__}")
+    bases = [base for base in cls.__mro__[1:] if base in listed]
+    if bases:
+        lines += [f"Inherits from {', '.join(listed[base] for base in bases)}.", ""]
     lines += [markdown(own_doc(cls)), ""]
     fields = list(fields_of(cls))
     if fields:
@@ -329,7 +342,7 @@ def describe_class(cls: type, module: ModuleType) -> list[str]:
     elif "__init__" in vars(cls):
         init = vars(cls)["__init__"]
         lines += [*fence(signature(cls.__name__, init)), markdown(own_doc(init)), ""]
-    for name, member in methods_of(cls):
+    for name, member in methods_of(cls, bases):
         lines += [f"#### {cls.__name__}.{name}", ""]
         if isinstance(member, property):
             returned = annotation(getattr(member.fget, "__annotations__", {}).get("return"))
@@ -385,21 +398,24 @@ def attribute_docs(cls: type) -> dict[str, str]:
     }
 
 
-def methods_of(cls: type) -> list[tuple[str, Any]]:
+def methods_of(cls: type, listed_bases: Sequence[type] = ()) -> list[tuple[str, Any]]:
     """Return public methods and properties in the order of their definition, nearest class first.
 
-    What other libraries define (``torch.nn.Module``) is left out, as is what all configurations
-    share.
+    What other libraries define (``torch.nn.Module``) is left out, as is what ``listed_bases``
+    have, unless it has a docstring of its own here.
     """
     found: dict[str, Any] = {}
+    elsewhere = {name for base in listed_bases for name in dir(base)}
     for base in cls.__mro__:
-        if not base.__module__.startswith("rxlm") or (base is Config and cls is not Config):
+        if not base.__module__.startswith("rxlm") or base in listed_bases:
             continue
         for name, member in vars(base).items():
             is_method = inspect.isfunction(member) or isinstance(
                 member, classmethod | staticmethod | property
             )
-            if is_method and not name.startswith("_") and name not in found:
+            if not is_method or name.startswith("_") or name in found:
+                continue
+            if name not in elsewhere or member.__doc__:
                 found[name] = member
     return list(found.items())
 
@@ -567,7 +583,14 @@ def describe_command(words: Sequence[str], command: Any) -> list[str]:
         default = "required" if item.required else "" if default in (None, ()) else f"`{default}`"
         names = ", ".join([*item.opts, *item.secondary_opts])
         rows.append(f"| `{cell(names + value)}` | {default} | {text} |")
-    lines = ["```text", " ".join(usage), "```", "", inspect.cleandoc(command.help or ""), ""]
+    lines = ["```text", " ".join(usage), "```", ""]
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        example = paragraph.removeprefix("Example: ")
+        if example == paragraph:
+            lines += [paragraph, ""]
+        else:
+            language = "text" if "\n" in example else "bash"
+            lines += ["Example:", "", f"```{language}", example, "```", ""]
     return [*lines, "| | default | |", "|---|---|---|", *rows] if rows else lines
 
 
