@@ -17,7 +17,7 @@ from rxlm.errors import RunError, UserError
 if TYPE_CHECKING:
     from rxlm.ops.sampling import SamplingSettings
     from rxlm.rxt.models import RxTAlpha
-    from rxlm.rxt.session import Event, Session, Stats
+    from rxlm.rxt.session import Event, Session, Stats, TurnEnd
 
 COMMANDS = {
     "/new": "/new [NAME]     start over with an empty memory (and keep it as NAME)",
@@ -25,12 +25,13 @@ COMMANDS = {
     "/load": "/load NAME      go on with a saved conversation",
     "/undo": "/undo [N]       forget the last turn (or the last N)",
     "/retry": "/retry          forget the last answer and ask again",
+    "/think": "/think [MODE]   fast, extended or auto, for a model that thinks",
     "/memory": "/memory         what the memory looks like",
     "/stats": "/stats          speed of the last answer, length of the conversation",
     "/help": "/help           this list",
     "/quit": "/quit           leave (also Ctrl-D)",
 }
-TAKE_A_WORD = ("/new", "/save", "/load", "/undo")
+TAKE_A_WORD = ("/new", "/save", "/load", "/undo", "/think")
 _NAME = re.compile(r"\w[\w.-]*\Z")
 RETRY_TEMPERATURE = 0.8
 """Greedy decoding would only repeat its answer."""
@@ -136,21 +137,35 @@ class Chat:
         self._show(self.session.interact(text))
 
     def _show(self, events: Iterator[Event]) -> None:
-        from rxlm.rxt.session import MemoryUpdated, TextDelta, TurnEnd
+        from rxlm.rxt.session import MemoryUpdated, Stats, TextDelta, ThinkDelta, TurnEnd
 
+        thoughts = ""
         for event in events:
+            if isinstance(event, ThinkDelta):
+                thoughts += event.text
+                continue
+            if thoughts:
+                self._tell(f"[thinks] {thoughts.strip()}")
+                thoughts = ""
             if isinstance(event, TextDelta):
                 self._say(event.text)
             elif isinstance(event, TurnEnd):
-                self._say("\n")
-                if event.reason != "eos":
-                    why = {"length": "the turn is full", "stopped": "stopped"}[event.reason]
-                    self._tell(f"[{why}]")
+                self._show_end(event)
             elif isinstance(event, MemoryUpdated):
                 self._write_size = event.write_size
-            else:
+            elif isinstance(event, Stats):
                 self._stats = event
         self._save_if_named()
+
+    def _show_end(self, event: TurnEnd) -> None:
+        # Beside a tool call there may be no answer.
+        if event.answer or event.tool_call is None:
+            self._say("\n")
+        if event.tool_call is not None:
+            self._tell(f"[calls] {event.tool_call.strip()} (no tools here: answer it yourself)")
+        if event.reason != "eos":
+            why = {"length": "the turn is full", "stopped": "stopped"}[event.reason]
+            self._tell(f"[{why}]")
 
     def _command(self, name: str, *arguments: str) -> bool:
         """Run a slash command; return whether the conversation goes on."""
@@ -168,6 +183,7 @@ class Chat:
             "/load": self._load,
             "/undo": self._undo,
             "/retry": self._retry,
+            "/think": self._think,
             "/memory": self._show_memory,
             "/stats": self._show_stats,
             "/help": self._help,
@@ -218,6 +234,12 @@ class Chat:
             settings = settings.model_copy(update={"temperature": RETRY_TEMPERATURE})
             self._tell(f"[at temperature {RETRY_TEMPERATURE}: greedy would repeat the answer]")
         self._show(self.session.retry(settings=settings))
+
+    def _think(self, mode: str | None = None) -> None:
+        if mode is not None:
+            self.session.set_thinking_mode(mode)
+        now = self.session.thinking_mode
+        self._tell(f"thinking: {now or 'none (this model answers at once)'}")
 
     def _show_memory(self) -> None:
         state = self.session.state

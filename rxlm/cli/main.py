@@ -25,7 +25,8 @@ from rxlm.cli import console
 from rxlm.errors import RunError, UserError
 
 VERBS = (
-    "doctor", "pipeline", "train", "plot", "compare", "config", "tokenizer", "chat", "eval", "demo",
+    "doctor", "pipeline", "train", "plot", "compare", "config", "data", "tokenizer", "chat",
+    "eval", "demo",
 )  # fmt: skip
 MODULE_OF_VERB = {"eval": "evaluate"}
 """Verbs whose module has another name than they (a built-in function is called ``eval``)."""

@@ -10,21 +10,25 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rxlm.configuration import Config
 from rxlm.data.conversations import Conversation, Interaction
 from rxlm.data.facts import KINDS_BY_NAME
+from rxlm.data.files import CONVERSATION_SUFFIXES, resolve_files
 from rxlm.data.generator import SPLITS, DialogueGenerator, GeneratorConfig
+from rxlm.data.mixture import StoppingRule
 from rxlm.data.order import random_offset, sample_index
-from rxlm.data.sources import CONVERSATION_SUFFIXES, load_conversations, resolve_files
+from rxlm.data.records import MAX_RECORD_BYTES, DataSummary, OnBadRecord
+from rxlm.data.sources import load_conversations
 from rxlm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 BUILTIN = "builtin"
+AUTO = "auto"
 
 
 class ConversationSource(Protocol):
@@ -123,6 +127,30 @@ class ConversationList:
         return self._generator.probe_questions(conversation, position, count)
 
 
+class MixtureItem(Config):
+    """One source of a mixture; what it does not say is as in ``data``."""
+
+    text: str | None = None
+    """As ``data.text``."""
+    dialogues: str | None = None
+    """As ``data.dialogues``, read as text; either this or ``text``."""
+    weight: float = Field(gt=0)
+    """Share of the rows, relative to the other sources."""
+    text_split: str | None = None
+    """Split of a data set; ``null``: as in ``data``."""
+    text_field: str | None = None
+    """Column of a data set; ``null``: as in ``data``."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MixtureItem:
+        if (self.text is None) == (self.dialogues is None):
+            raise UserError(
+                f"data.mixture: a source with text={self.text!r} and dialogues={self.dialogues!r}: "
+                "give one of the two."
+            )
+        return self
+
+
 class DataConfig(Config):
     """Which conversations and texts to train on."""
 
@@ -142,20 +170,70 @@ class DataConfig(Config):
     """Column of a data set that holds the text."""
     max_texts: int | None = Field(default=None, gt=1)
     """At most so many texts, the first ones; ``null``: all."""
-    on_error: Literal["raise", "skip"] = "raise"
-    """What to do with rows that cannot be used: stop, or skip, count and log them."""
+    token_cache: str | None = AUTO
+    """Folder in which text is kept as tokens, made once for a content and a tokenizer, and read
+    from there without being loaded; ``auto``: ``$RXLM_CACHE`` or the user's cache folder, for files
+    of 256 MiB or more together; ``null``: text is held in memory."""
+    streaming: bool = False
+    """Whether stage ``lm`` reads ``data.text`` record by record and never holds it as a whole."""
+    stream_block: int = Field(default=1024, gt=0)
+    """Records of a stream that are shuffled together."""
+    mixture: tuple[MixtureItem, ...] = ()
+    """Several texts, read in given ratios, instead of ``text``."""
+    mixture_stop: StoppingRule = "steps"
+    """When a mixture ends: ``steps``: with the run, sources begin anew; ``first_exhausted``: when
+    one source is read through; ``all_exhausted``: when each is. A run that would need more rows
+    than that is refused before it begins."""
+    on_bad_record: OnBadRecord = "fail"
+    """What to do with records that cannot be used: ``fail``, or ``skip``, count and log them."""
+    max_record_bytes: int = Field(default=MAX_RECORD_BYTES, gt=0)
+    """Longest line or paragraph; a longer one is a record that cannot be used."""
     generator: GeneratorConfig = GeneratorConfig()
     """The built-in dialogues."""
     seed: int = Field(default=0, ge=0)
     """Of the order in which files are read."""
 
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**_with_new_names(values))
 
-def open_conversations(config: DataConfig, split: str = "train") -> ConversationSource:
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.mixture and self.text is not None:
+            raise UserError(
+                f"data.text={self.text!r} and data.mixture: give one of the two (a mixture lists "
+                "all its texts)."
+            )
+        if self.streaming and self.text is None:
+            raise UserError(
+                "data.streaming reads data.text record by record, and data.text is not set "
+                "(mixtures and dialogues are not streamed)."
+            )
+        return self
+
+    def of_item(self, item: MixtureItem) -> DataConfig:
+        """Return the configuration that reads one source of the mixture alone."""
+        given = item.model_dump(exclude={"weight"}, exclude_none=True)
+        return self.model_copy(update={"mixture": (), **given})
+
+
+def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Read ``on_error: raise`` of older recipes."""
+    known = dict(values)
+    if "on_error" in known and "on_bad_record" not in known:
+        old = known.pop("on_error")
+        known["on_bad_record"] = "fail" if old == "raise" else old
+    return known
+
+
+def open_conversations(
+    config: DataConfig, split: str = "train", summary: DataSummary | None = None
+) -> ConversationSource:
     """Return the conversations of ``split``.
 
     Args:
         config: what to open.
         split: ``'train'``, ``'valid'``, or for the built-in dialogues also ``'test'``.
+        summary: counts what is read and skipped, if given.
 
     Raises:
         UserError: for files that are missing, empty or malformed.
@@ -165,7 +243,8 @@ def open_conversations(config: DataConfig, split: str = "train") -> Conversation
     if split == "valid" and config.valid_dialogues is not None:
         if config.valid_dialogues == BUILTIN:
             return GeneratedConversations(DialogueGenerator(config.generator), split)
-        return _listed(load_conversations(config.valid_dialogues, config.on_error), config, split)
+        files = resolve_files(config.valid_dialogues, CONVERSATION_SUFFIXES)
+        return _listed(_load(files, config, summary), config, split)
     if config.dialogues == BUILTIN:
         return GeneratedConversations(DialogueGenerator(config.generator), split)
     if split == "test":
@@ -177,8 +256,8 @@ def open_conversations(config: DataConfig, split: str = "train") -> Conversation
     training, validation = _train_and_valid_files(files)
     if split == "valid" and validation:
         logger.info("validation: %s", ", ".join(map(str, validation)))
-        return _listed(_load(validation, config), config, split)
-    conversations = _load(training, config)
+        return _listed(_load(validation, config, summary), config, split)
+    conversations = _load(training, config, summary)
     if validation or config.valid_dialogues is not None:
         return _listed(conversations, config, split)
     kept, held_out = _hold_out(conversations, config)
@@ -192,13 +271,12 @@ def open_conversations(config: DataConfig, split: str = "train") -> Conversation
 
 
 def conversation_texts(conversations: Iterable[Conversation]) -> Iterator[str]:
-    """Yield every system text, query and answer: what a tokenizer is trained on."""
+    """Yield every system text and part of a turn: what a tokenizer is trained on."""
     for conversation in conversations:
         if conversation.system is not None:
             yield conversation.system
         for interaction in conversation.interactions:
-            yield interaction.query
-            yield interaction.answer
+            yield from interaction.parts().values()
 
 
 def _train_and_valid_files(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -217,9 +295,15 @@ def _train_and_valid_files(files: Sequence[Path]) -> tuple[list[Path], list[Path
     return training, [file for file in siblings if file.is_file()]
 
 
-def _load(files: Sequence[Path], config: DataConfig) -> list[Conversation]:
+def _load(
+    files: Sequence[Path], config: DataConfig, summary: DataSummary | None
+) -> list[Conversation]:
     return [
-        conversation for file in files for conversation in load_conversations(file, config.on_error)
+        conversation
+        for file in files
+        for conversation in load_conversations(
+            file, config.on_bad_record, max_bytes=config.max_record_bytes, summary=summary
+        )
     ]
 
 

@@ -12,11 +12,13 @@ from typing import Any
 
 INTERACTION_KINDS = ("chat", "fact", "update", "question", "unknown")
 """What a turn does: small talk, tells facts, changes one, asks for one, asks for one never told."""
+OPTIONAL_PARTS = ("think", "tool_call", "tool_use", "internal")
+"""Texts that a turn may have beside query and answer."""
 
 
 @dataclass(frozen=True)
 class Interaction:
-    """One turn: what the user says and what the model answers."""
+    """One turn: what the user says (or a tool returns) and what the model answers."""
 
     query: str
     answer: str
@@ -32,6 +34,28 @@ class Interaction:
     """On questions: turns since the fact was last told or changed; 1 is the previous turn."""
     told: tuple[tuple[str, str], ...] = ()
     """(fact kind, value) pairs that this turn tells or changes."""
+    think: str | None = None
+    """What the model thinks before it answers."""
+    tool_call: str | None = None
+    """The tool that the model calls after its answer (which may then be empty), as JSON."""
+    tool_use: str | None = None
+    """Result of the tool called in the turn before; it stands in place of a query (then empty)."""
+    internal: str | None = None
+    """Context for this turn only, which the user does not see."""
+
+    def parts(self) -> dict[str, str]:
+        """Return the texts that are there, by name, in the order in which they are said."""
+        opener = {"query": self.query} if self.tool_use is None else {"tool_use": self.tool_use}
+        if self.tool_use is not None and self.query:
+            opener["query"] = self.query  # One too many: rendering refuses it.
+        texts = {
+            "internal": self.internal,
+            **opener,
+            "think": self.think,
+            "answer": self.answer,
+            "tool_call": self.tool_call,
+        }
+        return {name: text for name, text in texts.items() if text is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form; metadata at its default is left out."""
@@ -48,6 +72,7 @@ class Interaction:
             row["distance"] = self.distance
         if self.told:
             row["told"] = [list(pair) for pair in self.told]
+        row.update({name: self.parts()[name] for name in OPTIONAL_PARTS if name in self.parts()})
         return row
 
     @classmethod
@@ -62,6 +87,7 @@ class Interaction:
             stale=tuple(row.get("stale", ())),
             distance=row.get("distance"),
             told=tuple((pair[0], pair[1]) for pair in row.get("told", ())),
+            **{name: row.get(name) for name in OPTIONAL_PARTS},
         )
 
 

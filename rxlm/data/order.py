@@ -48,6 +48,19 @@ def random_offset(seed: int, position: int, count: int) -> int:
     return int(state[0]) % count
 
 
+def block_order(seed: int, epoch: int, first: int, size: int) -> list[int]:
+    """Return a permutation of ``size`` items, of the block of ``epoch`` that begins at ``first``.
+
+    For what is read as a stream: only a block at a time can be put out of order.
+    """
+    import numpy
+
+    _checked(seed, epoch, max(1, size))
+    # The last word keeps it apart from the permutations of epochs and from random offsets.
+    bits = numpy.random.Philox(numpy.random.SeedSequence((seed, epoch, first, 2))).random_raw(size)
+    return [int(index) for index in numpy.argsort(bits, kind="stable")]
+
+
 @lru_cache(maxsize=8)
 def _permutation(seed: int, epoch: int, size: int) -> numpy.ndarray:
     import numpy

@@ -1,37 +1,43 @@
 """Reads conversations and texts from files: .jsonl, .jsonl.gz, .parquet, .txt, .txt.gz.
 
 A row that cannot be used is an error that names the file, the line, the field and the remedy.
-Which files to open, and how rows become training samples: ``conversation_source``.
+Lines and rows are read in ``records``; how they become training samples: ``conversation_source``.
 """
 
 from __future__ import annotations
 
-import difflib
-import glob
-import gzip
-import json
 import logging
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from rxlm.data.conversations import INTERACTION_KINDS, Conversation, Interaction
+from rxlm.data.conversations import Conversation
+from rxlm.data.files import CONVERSATION_SUFFIXES, TEXT_SUFFIXES, resolve_files
+from rxlm.data.interaction_rows import parse_interaction, shown
+from rxlm.data.records import (
+    EXAMPLE,
+    MAX_RECORD_BYTES,
+    DataSummary,
+    OnBadRecord,
+    Record,
+    read_records,
+)
 from rxlm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-OnError = Literal["raise", "skip"]
 RowType = TypeVar("RowType")
 
-CONVERSATION_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-TEXT_SUFFIXES = (".txt", ".txt.gz", *CONVERSATION_SUFFIXES)
-EXAMPLE = '{"id": "1", "interactions": [{"query": "Hi!", "answer": "Hello!"}]}'
+HOW_TO_SKIP = " (on_bad_record='skip' leaves such records out; `rxlm data check` names them all.)"
 
 
 def load_conversations(
-    path: str | os.PathLike[str], on_error: OnError = "raise"
+    path: str | os.PathLike[str],
+    on_bad_record: OnBadRecord = "fail",
+    *,
+    max_bytes: int = MAX_RECORD_BYTES,
+    summary: DataSummary | None = None,
 ) -> list[Conversation]:
     """Read all conversations of a file, of the files in a folder, or of those a glob matches.
 
@@ -42,18 +48,26 @@ def load_conversations(
 
     Args:
         path: file, folder (not its sub-folders) or glob; ``~`` and ``$VARIABLES`` are expanded.
-        on_error: ``'raise'``, or ``'skip'`` to leave unusable rows out, count and log them.
+        on_bad_record: ``'fail'``, or ``'skip'`` to leave unusable rows out, count and log them.
+        max_bytes: longest record; a longer one is a bad one.
+        summary: counts what is read and skipped, if given.
 
     Raises:
-        UserError: nothing to read, no usable row, or (``'raise'``) an unusable row.
+        UserError: nothing to read, no usable row, or (``'fail'``) an unusable row.
     """
     conversations: list[Conversation] = []
     for file in resolve_files(path, CONVERSATION_SUFFIXES):
-        conversations += _load_rows(file, parse_conversation, on_error)
+        conversations += _load_rows(file, parse_conversation, on_bad_record, max_bytes, summary)
     return conversations
 
 
-def load_texts(path: str | os.PathLike[str], on_error: OnError = "raise") -> list[str]:
+def load_texts(
+    path: str | os.PathLike[str],
+    on_bad_record: OnBadRecord = "fail",
+    *,
+    max_bytes: int = MAX_RECORD_BYTES,
+    summary: DataSummary | None = None,
+) -> list[str]:
     """Read documents of plain text.
 
     Args:
@@ -61,21 +75,27 @@ def load_texts(path: str | os.PathLike[str], on_error: OnError = "raise") -> lis
             are separated by blank lines and keep their line breaks. ``.jsonl``, ``.parquet``: the
             field ``text`` of each row, or, if it has ``interactions`` instead, the conversation
             as lines of query and answer in turn.
-        on_error: as in :func:`load_conversations`.
+        on_bad_record: as in :func:`load_conversations`.
+        max_bytes: as there.
+        summary: as there.
 
     Raises:
-        UserError: nothing to read, no usable row, or (``'raise'``) an unusable row.
+        UserError: nothing to read, no usable row, or (``'fail'``) an unusable row.
     """
     texts: list[str] = []
     for file in resolve_files(path, TEXT_SUFFIXES):
-        if file.name.endswith((".txt", ".txt.gz")):
-            paragraphs = list(_paragraphs(line for _, line in _read_lines(file)))
-            if not paragraphs:
-                raise UserError(f"{file}: the file holds no text; expected at least one paragraph.")
-            texts += paragraphs
-        else:
-            texts += _load_rows(file, parse_text, on_error)
+        texts += _load_rows(file, text_parser(file), on_bad_record, max_bytes, summary)
     return texts
+
+
+def text_parser(file: Path) -> Callable[[Any, str], str]:
+    """Return what makes a document of a record of ``file``: a paragraph is one as it is."""
+    return _as_it_is if _is_text(file) else parse_text
+
+
+def _as_it_is(paragraph: Any, where: str) -> str:
+    assert isinstance(paragraph, str), where
+    return paragraph
 
 
 def parse_conversation(row: Any, where: str) -> Conversation:
@@ -85,24 +105,24 @@ def parse_conversation(row: Any, where: str) -> Conversation:
         UserError: beginning with ``where`` and naming field, expectation and remedy.
     """
     if not isinstance(row, Mapping):
-        raise UserError(f"{where}: expected an object such as {EXAMPLE}, got {_shown(row)}.")
+        raise UserError(f"{where}: expected an object such as {EXAMPLE}, got {shown(row)}.")
     interactions = row.get("interactions")
     if not isinstance(interactions, list) or not interactions:
         found = ", ".join(map(str, row)) or "none"
         raise UserError(
             f"{where}: field 'interactions': expected a non-empty list of objects with 'query' and "
-            f"'answer', got {_shown(interactions)} (fields of the row: {found}). Write rows such "
+            f"'answer', got {shown(interactions)} (fields of the row: {found}). Write rows such "
             f"as {EXAMPLE}"
         )
     system = row.get("system")
     if system is not None and not isinstance(system, str):
         raise UserError(
-            f"{where}: field 'system': expected text or nothing, got {_shown(system)}. "
+            f"{where}: field 'system': expected text or nothing, got {shown(system)}. "
             f"Make it a string or leave it out."
         )
     return Conversation(
         interactions=tuple(
-            _parse_interaction(item, f"{where}: field 'interactions[{turn}]")
+            parse_interaction(item, f"{where}: field 'interactions[{turn}]")
             for turn, item in enumerate(interactions)
         ),
         system=system,
@@ -122,196 +142,87 @@ def parse_text(row: Any, where: str) -> str:
     text = row.get("text") if isinstance(row, Mapping) else None
     if not isinstance(text, str) or not text.strip():
         raise UserError(
-            f"{where}: field 'text': expected non-empty text, got {_shown(text)}. Write rows such "
+            f"{where}: field 'text': expected non-empty text, got {shown(text)}. Write rows such "
             f'as {{"text": "Once upon a time ..."}}'
         )
     return text
 
 
 def render(conversation: Conversation) -> str:
-    """Return a conversation as plain text: the system text, then queries and answers in turn."""
+    """Return a conversation as plain text: the system text, then the parts of each turn."""
     lines = [] if conversation.system is None else [conversation.system]
     for interaction in conversation.interactions:
-        lines += [interaction.query, interaction.answer]
+        lines += interaction.parts().values()
     return "\n".join(lines)
 
 
-def resolve_files(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the files that ``path`` (file, folder or glob) stands for, sorted by name.
-
-    Raises:
-        UserError: if there is none, with the nearest names, or one is of an unknown type.
-    """
-    text = os.path.expandvars(os.path.expanduser(os.fspath(path)))
-    given = Path(text)
-    known = ", ".join(suffixes)
-    if given.is_dir():
-        files = sorted(item for item in given.iterdir() if item.name.endswith(suffixes))
-        if not files:
-            raise UserError(f"{given}: the folder holds no file of type {known}.")
-        return files
-    if given.is_file():
-        files = [given]
-    elif glob.has_magic(text):
-        files = sorted(Path(item) for item in glob.glob(text) if os.path.isfile(item))
-    else:
-        files = []
-    if not files:
-        raise UserError(_missing_message(given, text))
-    for file in files:
-        if not file.name.endswith(suffixes):
-            raise UserError(f"{file}: unknown type of file; expected one of {known}.")
-    return files
+def read_parsed(
+    file: Path,
+    parse: Callable[[Any, str], RowType],
+    *,
+    max_bytes: int = MAX_RECORD_BYTES,
+) -> Iterator[tuple[Record, RowType | None, str | None]]:
+    """Yield (record, what it means, problem) for each record; one of the latter two is None."""
+    for record in read_records(file, max_bytes=max_bytes):
+        parsed, problem = parse_record(record, parse)
+        yield record, parsed, problem
 
 
-def _missing_message(given: Path, text: str) -> str:
-    if glob.has_magic(text):
-        return f"{text}: no file matches; check the folder and the pattern."
-    if "$" in text:
-        return f"{text}: no such file; is the environment variable in its name set?"
-    folder = given.parent
-    if not folder.is_dir():
-        return f"{text}: no such file; the folder {folder} does not exist either."
-    near = difflib.get_close_matches(given.name, sorted(os.listdir(folder)), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"look into {folder}."
-    return f"{text}: no such file; {hint}"
-
-
-def _parse_interaction(item: Any, where: str) -> Interaction:
-    """``where`` ends in an open quote: the name of the field is completed here."""
-    if not isinstance(item, Mapping):
-        raise UserError(
-            f"{where}': expected an object with 'query' and 'answer', got {_shown(item)}."
-        )
-    for field in ("query", "answer"):
-        text = item.get(field)
-        # A user may say nothing (dialogue data marks silence so); an answer is what is learned.
-        if not isinstance(text, str) or (field == "answer" and not text.strip()):
-            raise UserError(
-                f"{where}.{field}': expected {'non-empty ' if field == 'answer' else ''}text, got "
-                f"{_shown(text)}. Fill it in, remove the turn, or read with on_error='skip' to "
-                f"leave such conversations out."
-            )
-    kind, distance = item.get("kind"), item.get("distance")
-    return Interaction(
-        query=item["query"],
-        answer=item["answer"],
-        kind=kind if kind in INTERACTION_KINDS else "chat",
-        fact=item["fact"] if isinstance(item.get("fact"), str) else None,
-        value=item["value"] if isinstance(item.get("value"), str) else None,
-        stale=tuple(_strings(item.get("stale"))),
-        distance=distance if type(distance) is int and distance >= 1 else None,
-        told=tuple(
-            (pair[0], pair[1]) for pair in map(_strings, _items(item.get("told"))) if len(pair) == 2
-        ),
-    )
-
-
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _strings(value: Any) -> list[str]:
-    return [item for item in _items(value) if isinstance(item, str)]
+def parse_record(
+    record: Record, parse: Callable[[Any, str], RowType]
+) -> tuple[RowType | None, str | None]:
+    """Return what a record means, or the problem with it."""
+    if record.problem is not None:
+        return None, record.problem
+    try:
+        return parse(record.value, record.where), None
+    except UserError as error:
+        return None, str(error)
 
 
 def _load_rows(
-    file: Path, parse: Callable[[Any, str], RowType], on_error: OnError
+    file: Path,
+    parse: Callable[[Any, str], RowType],
+    on_bad_record: OnBadRecord,
+    max_bytes: int,
+    summary: DataSummary | None,
 ) -> list[RowType]:
-    """Return the parsed rows of ``file``; see :func:`load_conversations` for ``on_error``."""
-    if on_error not in ("raise", "skip"):
-        raise UserError(f"on_error={on_error!r}: expected 'raise' or 'skip'.")
+    """Return the parsed records of ``file``; see :func:`load_conversations`."""
+    check_on_bad_record(on_bad_record)
     rows: list[RowType] = []
     num_read, problems = 0, []
-    for where, row in _rows(file):
+    for _, parsed, problem in read_parsed(file, parse, max_bytes=max_bytes):
         num_read += 1
-        try:
-            rows.append(parse(_decode(row, where) if isinstance(row, str) else row, where))
-        except UserError as error:
-            if on_error == "raise":
-                raise
-            problems.append(str(error))
+        if problem is None:
+            assert parsed is not None, "one of the two is there"
+            rows.append(parsed)
+        elif on_bad_record == "fail":
+            raise UserError(f"{problem}{HOW_TO_SKIP}")
+        else:
+            problems.append(problem)
     if not num_read:
-        raise UserError(f"{file}: the file holds no row; expected lines such as {EXAMPLE}")
+        what = (
+            "text; expected at least one paragraph."
+            if _is_text(file)
+            else (f"row; expected lines such as {EXAMPLE}")
+        )
+        raise UserError(f"{file}: the file holds no {what}")
     if not rows:
         raise UserError(f"{file}: none of {num_read} rows can be used. The first: {problems[0]}")
     if problems:
         logger.warning(
             "%s: skipped %d of %d rows. The first: %s", file, len(problems), num_read, problems[0]
         )
+    if summary is not None:
+        summary.add(num_read, len(problems), problems)
     return rows
 
 
-def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) for each row of ``file``; a row of .jsonl is its line, undecoded."""
-    if file.name.endswith(".parquet"):
-        for number, row in enumerate(_read_parquet(file), start=1):
-            yield f"{file}: row {number}", row
-        return
-    for number, line in _read_lines(file):
-        if line.strip():
-            yield f"{file}:{number}", line
+def check_on_bad_record(value: str) -> None:
+    """Raise ``UserError`` unless ``value`` is one of :data:`~rxlm.data.records.OnBadRecord`."""
+    if value not in ("fail", "skip"):
+        raise UserError(f"on_bad_record={value!r}: expected 'fail' or 'skip'.")
 
 
-def _decode(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise UserError(
-            f"{where}: not JSON ({error}). Expected one object a line, such as {EXAMPLE}"
-        ) from error
-
-
-def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line) of a plain or gzipped UTF-8 file."""
-    number = 0
-    try:
-        with gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb") as lines:
-            for line in lines:
-                number += 1
-                # utf-8-sig: files saved by Windows editors begin with a byte-order mark.
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}:{number}: not UTF-8 ({error}). Save the file as UTF-8.") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"{file}: damaged gzip file after line {number} ({error}). Copy it again."
-        ) from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}).") from error
-
-
-def _read_parquet(file: Path) -> Iterator[Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            f"{file}: reading parquet needs pyarrow. Install it: pip install 'reactive-lm[data]'"
-        ) from error
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches():
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable parquet file ({error}).") from error
-
-
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    paragraph: list[str] = []
-    for line in lines:
-        if line.strip():
-            paragraph.append(line.rstrip())
-        elif paragraph:
-            yield "\n".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield "\n".join(paragraph)
-
-
-def _shown(value: Any) -> str:
-    """Return ``value`` as JSON-like text that is short enough for a message."""
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _is_text(file: Path) -> bool:
+    return file.name.endswith((".txt", ".txt.gz"))

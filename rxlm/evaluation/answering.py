@@ -40,7 +40,7 @@ def memory_of_references(
     """
     count = len(dialogues)
     rows = [
-        Row(turns.interaction(turn.query, turn.answer), n * count + b, 0)
+        Row(turns.encode(turn), n * count + b, 0)
         for b, dialogue in enumerate(dialogues)
         for n, turn in enumerate(dialogue)
     ]

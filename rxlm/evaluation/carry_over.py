@@ -42,7 +42,9 @@ def tokens_of_words(tokenizer: Tokenizer, ids: Sequence[int], wanted: Iterable[s
 def carry_over_flags(
     tokenizer: Tokenizer, interactions: Sequence[Interaction], system: str | None = None
 ) -> list[list[bool]]:
-    """Return for each turn which tokens of its answer belong to carry-over words.
+    """Return for each turn which tokens of what the model says belong to carry-over words.
+
+    That is the answer, with thinking before it and a tool call after it where they are there.
 
     Args:
         tokenizer: the one that the model reads and writes.
@@ -50,15 +52,21 @@ def carry_over_flags(
         system: text that preceded it; its words count as said earlier.
 
     Returns:
-        one list a turn, one flag per token of the encoded answer text (without [A] and [EOS]).
+        one list a turn, one flag per token of the encoded texts (without [A], [EOS] and the like).
     """
     earlier = words(system) if system else set()
     flags = []
+    said_names = tokenizer.template.said
     for interaction in interactions:
-        asked = words(interaction.query)
-        wanted = (words(interaction.answer) & earlier) - asked
-        flags.append(tokens_of_words(tokenizer, tokenizer.encode(interaction.answer), wanted))
-        earlier |= asked | words(interaction.answer)
+        parts = interaction.parts()
+        said = [parts[name] for name in said_names if name in parts]
+        given = [text for name, text in parts.items() if name not in said_names]
+        asked = set[str]().union(*map(words, given))
+        told = set[str]().union(*map(words, said))
+        wanted = (told & earlier) - asked
+        encoded = tokenizer.encode_batch(said)
+        flags.append([flag for ids in encoded for flag in tokens_of_words(tokenizer, ids, wanted)])
+        earlier |= asked | told
     return flags
 
 

@@ -42,7 +42,7 @@ from rxlm.rxt.unroll import (
     memory_reader,
     scan_memory,
 )
-from rxlm.tokenization.template import encode_interaction, encode_system
+from rxlm.tokenization.template import encode_system, render_parts
 
 logger = logging.getLogger(__name__)
 
@@ -238,10 +238,7 @@ def _choose(
 
 def _longest_turn(conversation: Conversation, turns: TurnEncoder) -> int:
     tokenizer = turns.tokenizer
-    lengths = [
-        len(encode_interaction(tokenizer, turn.query, turn.answer).ids)
-        for turn in conversation.interactions
-    ]
+    lengths = [len(render_parts(tokenizer, turn.parts()).ids) for turn in conversation.interactions]
     if conversation.system:
         lengths.append(len(encode_system(tokenizer, conversation.system)))
     return max(lengths, default=0)
@@ -313,7 +310,7 @@ def _plan(turns: TurnEncoder, part: Sequence[Conversation], borrowed: Conversati
             encode.append(Row(turns.system(conversation.system), b, 0))
             offset = 1
         for n, item in enumerate(conversation.interactions, start=offset):
-            row = Row(turns.interaction(item.query, item.answer), n * (count + 1) + b, 0)
+            row = Row(turns.encode(item), n * (count + 1) + b, 0)
             encode.append(row)
             if b < count:
                 answer.append(row._replace(place=n * count + b))
@@ -339,13 +336,19 @@ def _plan(turns: TurnEncoder, part: Sequence[Conversation], borrowed: Conversati
 def _token_losses(
     model: ReactiveModel, rows: Rows, read: Tensor, carried: CarriedState | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of every target ``[M]`` and whether it counts (all but [A])."""
+    """Return the loss of every target ``[M]`` and whether it counts (all but what opens a part)."""
     answers = answer_rows(model.decoder, rows, read[:, rows.place], carried=carried)
     losses = torch.nn.functional.cross_entropy(
         answers.logits.float(), answers.labels, reduction="none"
     )
-    # A text never holds the id of [A], so a target that is [A] is the one that opens the answer.
-    return losses, answers.labels != model.config.tokenizer.answer_token_id
+    # A text never holds these ids, so a target that is [A] is the one that opens the answer.
+    ids = model.config.tokenizer
+    openings = (ids.answer_token_id, ids.think_token_id, ids.tool_call_token_id)
+    opens = torch.zeros_like(answers.labels, dtype=torch.bool)
+    for token_id in openings:
+        if token_id is not None:
+            opens |= answers.labels == token_id
+    return losses, ~opens
 
 
 def _belonging(plan: _Plan, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from rxlm.lm.config import LMConfig
 from rxlm.nn.feed_forward import FeedForward
 from rxlm.nn.mixers import MixerSettings, build_mixer
 from rxlm.nn.norms import make_norm
+from rxlm.nn.packing import PackedLayout
 from rxlm.ops.losses import Reduction, linear_cross_entropy
 
 
@@ -62,8 +63,21 @@ class LMLayer(nn.Module):
     def forward(self, x: Tensor, key_mask: Tensor | None, cache: Any) -> tuple[Tensor, Any]:
         """Map ``[B, T, D]`` to ``[B, T, D]``, and the layer's cache to that with these tokens."""
         mixed, cache = self.mixer(self.mixer_norm(x), key_mask=key_mask, cache=cache)
+        return self._after_mixing(x, mixed), cache
+
+    def forward_packed(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        """Map packed rows ``[B, T, D]`` to ``[B, T, D]``, each sequence by itself."""
+
+        def mix(tokens: Tensor, key_mask: Tensor) -> Tensor:
+            mixed: Tensor = self.mixer(tokens, key_mask=key_mask)[0]
+            return mixed
+
+        return self._after_mixing(x, layout.apply(mix, self.mixer_norm(x)))
+
+    def _after_mixing(self, x: Tensor, mixed: Tensor) -> Tensor:
         x = x + self.dropout(mixed)
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), cache
+        channels: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return x + channels
 
 
 class LMNetwork(nn.Module):
@@ -125,8 +139,38 @@ class LMNetwork(nn.Module):
             counts = torch.arange(1, ids.shape[1] + 1, device=ids.device).expand_as(ids)
         else:
             counts = key_mask.long().cumsum(dim=1)
-        x = self.embedding(ids)
-        positions = (counts - 1).clamp(min=0) + cache.lengths[:, None]
+        x = self._embed(ids, (counts - 1).clamp(min=0) + cache.lengths[:, None])
+        layers = []
+        for layer, past in zip(self.layers, cache.layers, strict=True):
+            x, present = layer(x, key_mask, past)
+            layers.append(present)
+        lengths = cache.lengths + counts[:, -1] if ids.shape[1] else cache.lengths
+        return self.norm(x), LMCache(tuple(layers), lengths)
+
+    def read_packed(self, ids: Tensor, segments: Tensor) -> Tensor:
+        """Read rows of several sequences each; none sees another, and each begins at position 0.
+
+        Args:
+            ids: int64 ``[B, T]``.
+            segments: int ``[B, T]``, see :meth:`~rxlm.nn.packing.PackedLayout.of_segments`.
+
+        Returns:
+            hidden states ``[B, T, D]`` as :meth:`forward` gives for each sequence alone; of no
+            meaning at padding.
+
+        Raises:
+            UserError: as :meth:`forward`.
+        """
+        layout = PackedLayout.of_segments(segments)
+        x = self._embed(ids, layout.position)
+        for layer in self.layers:
+            assert isinstance(layer, LMLayer)
+            x = layer.forward_packed(x, layout)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        x: Tensor = self.embedding(ids)
         if self.config.positions == "learned":
             self._check_length(positions)
             x = x + self.position_embedding(positions)
@@ -134,13 +178,8 @@ class LMNetwork(nn.Module):
             # As large as a new embedding, so that neither hides the other.
             scale = self.config.init_std * math.sqrt(2.0)
             x = x + (scale * sinusoids(positions, self.config.dim)).to(x.dtype)
-        x = self.dropout(x)
-        layers = []
-        for layer, past in zip(self.layers, cache.layers, strict=True):
-            x, present = layer(x, key_mask, past)
-            layers.append(present)
-        lengths = cache.lengths + counts[:, -1] if ids.shape[1] else cache.lengths
-        return self.norm(x), LMCache(tuple(layers), lengths)
+        dropped: Tensor = self.dropout(x)
+        return dropped
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores of the next token, ``[..., V]``, of hidden states ``[..., D]``."""

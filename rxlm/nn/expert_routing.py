@@ -189,6 +189,16 @@ class Router(nn.Module):
             token_mask: bool ``[N]``, True at real tokens; None = all. Statistics leave the others
                 out.
         """
+        routing = self.choose(x)
+        record = active_record()
+        if record is not None:
+            statistics = self._statistics(routing.probabilities, routing.experts, token_mask)
+            record.entries.append((self, statistics))
+        return routing
+
+    def choose(self, x: Tensor) -> Routing:
+        """Do what :meth:`forward` does, unseen by :func:`record_routing`: compilers cannot read
+        context variables."""
         probabilities = self._scores(x).softmax(dim=-1)
         ranked = probabilities.detach()
         if self.offset is not None:
@@ -197,15 +207,17 @@ class Router(nn.Module):
         weights = probabilities.gather(-1, experts)
         if self.top_k > 1:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        record = active_record()
-        if record is not None:
-            record.entries.append((self, self._statistics(probabilities, experts, token_mask)))
         return Routing(experts, weights.to(x.dtype), probabilities)
 
     def _scores(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else self.dtype
         x, weight = x.to(dtype), self.weight.to(dtype)
-        if self.follows_autocast or x.device.type == "meta":  # That has no autocast to switch off.
+        # The meta device has no autocast to switch off; to switch it off takes longer than to ask.
+        if (
+            self.follows_autocast
+            or x.device.type == "meta"
+            or not torch.is_autocast_enabled(x.device.type)
+        ):
             scores = nn.functional.linear(x, weight)
         else:
             with torch.autocast(x.device.type, enabled=False):

@@ -27,6 +27,9 @@ from rxlm.ops.grouped_matmul import (
     product_dtype,
 )
 
+FEW_VISITS = 64
+"""Visits up to which a compiled step lets every one read its matrices for itself."""
+
 BiasMode = Literal["global", "local", "off"]
 """Biases of experts: one for all, one each, or none."""
 
@@ -137,9 +140,12 @@ class MixtureOfExperts(nn.Module):
         """
         flat = x.reshape(-1, x.shape[-1])
         mask = None if token_mask is None else token_mask.reshape(-1)
-        routing = self.router(flat, mask)
+        compiled = self._decodes_compiled(flat)
+        routing = self.router.choose(flat) if compiled else self.router(flat, mask)
         if self.settings.backend == "loop":
             mixed = self._in_a_loop(flat, routing)
+        elif compiled:
+            mixed = self._of_few_tokens(flat, routing)
         elif self._decodes_on_cpu(flat):
             mixed = self._of_one_token(flat, routing)
         else:
@@ -201,6 +207,23 @@ class MixtureOfExperts(nn.Module):
         )
         output = _biased(output, weights.down_bias, chosen)
         return (output * routing.weights[0, :, None]).sum(dim=0, keepdim=True).to(x.dtype)
+
+    def _decodes_compiled(self, x: Tensor) -> bool:
+        few = len(x) * self.settings.top_k <= FEW_VISITS and self.settings.backend is None
+        return torch.compiler.is_compiling() and few and not torch.is_grad_enabled()
+
+    def _of_few_tokens(self, x: Tensor, routing: Routing) -> Tensor:
+        """Products and sums of static shapes: a compiler reads the chosen matrices where they lie.
+
+        Run as it stands it would copy them; so it is for compiled steps only.
+        """
+        weights, chosen = self.experts, routing.experts
+        expert = chosen.flatten()
+        hidden = (weights.up[chosen] * x[:, None, None]).sum(dim=-1).flatten(0, 1)
+        hidden = weights.inner(_biased(hidden, weights.up_bias, expert))
+        output = (weights.down[expert] * hidden[:, None]).sum(dim=-1)
+        output = _biased(output, weights.down_bias, expert).view(*chosen.shape, -1)
+        return (output * routing.weights[..., None]).sum(dim=1).to(x.dtype)
 
     def _in_a_loop(self, x: Tensor, routing: Routing) -> Tensor:
         weights = self.experts

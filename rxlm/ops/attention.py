@@ -79,6 +79,9 @@ def attend(
         query = query.repeat_interleave(num_key_heads // num_query_heads, dim=2)
     elif num_query_heads % num_key_heads:
         raise ValueError(_head_message(num_query_heads, num_key_heads))
+    if torch.compiler.is_compiling() and query.shape[1] == 1 and bias is None and not dropout:
+        # No kernel of its own for a few thousand products: a compiler fuses what is around.
+        return _attend_once(query, key, value, mask, scale)
     blind = None
     if mask is not None:
         # The kernels disagree about queries that see nothing (NaN, mean of values, zeros), and a
@@ -100,6 +103,27 @@ def attend(
     if blind is not None:
         output = output.masked_fill(blind, 0.0)
     return output.transpose(1, 2)
+
+
+def _attend_once(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attend from one query ``[B, 1, H, K]``, as sums; what :func:`attend` says of the others."""
+    batch, _, num_heads, width = query.shape
+    groups = key.shape[2]
+    split = (batch, groups, num_heads // groups, 1, width)
+    keys, values = (part.transpose(1, 2).unsqueeze(2) for part in (key, value))
+    query = query.view(split) * (width**-0.5 if scale is None else scale)
+    scores = (query * keys).sum(dim=-1)  # [B, G, H / G, P]
+    if mask is not None:
+        mask = mask.expand(batch, num_heads, 1, -1)
+        scores = scores.masked_fill(~mask.reshape(scores.shape), -torch.inf)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if mask is not None:
+        # A query that sees nothing: its scores have no largest one, and its weights are NaN.
+        weights = weights.nan_to_num(0.0)
+    heads = (weights.to(value.dtype).unsqueeze(-1) * values).sum(dim=-2)
+    return heads.view(batch, 1, num_heads, width)
 
 
 def _head_message(num_query_heads: int, num_key_heads: int) -> str:

@@ -39,11 +39,17 @@ def apply_rotary(x: Tensor, phases: Tensor) -> Tensor:
 
     Args:
         x: queries or keys ``[B, T, H, K]``.
-        phases: from :func:`rotary_phases`, ``[T, K/2]`` or ``[B, T, K/2]``.
+        phases: from :func:`rotary_phases`, ``[T, K/2]`` or ``[B, T, K/2]``; or their real and
+            imaginary parts, ``[..., K/2, 2]`` (compilers make no kernels for complex numbers).
 
     Returns:
         the rotated tensor, same shape and dtype as ``x``.
     """
+    if not phases.is_complex():
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cosine, sine = phases.unsqueeze(-3).unbind(-1)
+        turned = (even * cosine - odd * sine, even * sine + odd * cosine)
+        return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2))
     rotated = torch.view_as_real(pairs * phases.unsqueeze(-2))
     return rotated.reshape(x.shape).to(x.dtype)

@@ -10,6 +10,7 @@ Shapes: B batch (rows), V vocabulary, P earlier tokens of the longest row.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -120,9 +121,12 @@ def sample(
         ValueError: if a draw is needed and ``uniforms`` is missing.
     """
     if settings.temperature == 0:
-        scores = logits.float()
-        _check_scores(scores)
-        return penalize(scores, previous_ids, settings.repetition_penalty).argmax(dim=-1)
+        scores = penalize(logits.float(), previous_ids, settings.repetition_penalty)
+        chosen = scores.argmax(dim=-1)
+        # NaN counts as the largest, so the best score tells about all of them.
+        if not all(map(math.isfinite, scores.gather(-1, chosen[:, None])[:, 0].tolist())):
+            _check_scores(logits.float())
+        return chosen
     if uniforms is None:
         raise ValueError("temperature > 0 draws tokens: pass uniforms, one number a row.")
     # float64: the sum over a large vocabulary then resolves a draw as fine as it is made.

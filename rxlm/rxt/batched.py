@@ -23,7 +23,7 @@ from rxlm.rxt.batch_rows import PerRow, row_ids, seeds_of_rows, settings_of_rows
 from rxlm.rxt.batch_text import MEMORY_UPDATE_BEGINS, MEMORY_UPDATED, BatchTextModel
 from rxlm.rxt.config import RxTConfig
 from rxlm.rxt.conversation import ConversationState, check_carried, check_slots
-from rxlm.rxt.generation import Answer, AnswerLimits, answer_room, with_answer_token
+from rxlm.rxt.generation import Answer, AnswerLimits, answer_room, opened_prompt
 from rxlm.rxt.held import EarlyStop, MemoryUpdate, OpenTurn, check_choice
 from rxlm.rxt.held_batch import HeldBatch
 from rxlm.tokenization import Tokenizer
@@ -324,15 +324,15 @@ class BatchModel(BatchTextModel):
     ) -> list[list[int]]:
         """Return each row's query with [A], empty for rows without one; all of them fit."""
         batch_size = self._require_batch("batch_interact").batch_size
-        ids = self.config.tokenizer
+        ids, form = self.config.tokenizer, self.answer_form()
         rows = row_ids(input_ids, attention_mask, batch_size, ids.pad_token_id)
         if not any(rows):
             raise UserError("no row has a query: give at least one, or leave the turn out.")
-        prompts = [with_answer_token(row, ids.answer_token_id) if row else [] for row in rows]
+        prompts = [opened_prompt(row, ids.answer_token_id, form) if row else [] for row in rows]
         for row, prompt in enumerate(prompts):
             if prompt:
                 try:
-                    answer_room(self, prompt, limits)
+                    answer_room(self, prompt, limits, form)
                 except UserError as error:
                     raise UserError(f"row {row}: {error}") from error
         return prompts

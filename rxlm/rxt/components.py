@@ -87,7 +87,8 @@ class _Component(StoredComponent, FreezingMethods):
             return recompute(layer, x, **inputs)
         return layer(x, **inputs)
 
-    def _embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return what the first layer gets: ``[B, T]`` to ``[B, T, D]``."""
         return self.embedding(ids) * self.config.embed_dim**0.5
 
     def _phases(self, positions: Tensor) -> Tensor | None:
@@ -126,7 +127,7 @@ class RxTEncoder(_Component):
             else None
         )
         phases = self._phases(token_positions(key_mask, length, ids.device))
-        x = self._embed(ids)
+        x = self.embed(ids)
         states = []
         for layer in self.all_layers:
             x, _ = self._run(layer, x, mask=mask, phases=phases, key_mask=key_mask)
@@ -267,7 +268,7 @@ class RxTDecoder(_Component):
                 all_keys, ids.shape[1], all_keys.shape[1], causal=True, device=ids.device
             )
         phases = self._phases(positions)
-        x = self._embed(ids)
+        x = self.embed(ids)
         carried_layers = self._carried_layers(carried, ids.shape[0], cache)
         if memory is not None and self._reads_memory and not memory.layers:
             raise UserError(
@@ -284,7 +285,7 @@ class RxTDecoder(_Component):
                 key_mask=given_mask,
                 past=None if cache is None else cache.layers[index],
                 carried=carried_layers.get(index),
-                **self._reading_of(index, memory),
+                **self.reading_of(index, memory),
             )
             kept.append(cast(LayerCache, present))
         lengths = start + counts[:, -1] if ids.shape[1] else start
@@ -325,10 +326,10 @@ class RxTDecoder(_Component):
             turn_phases = self._phases(token_positions(turn_mask, length, device))
         phases = self._phases(layout.position)
         carried_layers = self._carried_layers(carried, ids.shape[0], None)
-        x = self._embed(ids)
+        x = self.embed(ids)
         histories: list[CarriedLayer] = []
         for index, layer in enumerate(all_layers):
-            reading = self._reading_of(index, memory)
+            reading = self.reading_of(index, memory)
             if index in self._carrying:
                 x, history = self._run(
                     layer.forward_turns,
@@ -356,7 +357,7 @@ class RxTDecoder(_Component):
             histories[0].started.flatten(),
         )
 
-    def _reading_of(self, index: int, memory: MemoryReading | None) -> dict[str, Any]:
+    def reading_of(self, index: int, memory: MemoryReading | None) -> dict[str, Any]:
         """Return what the layer at ``index`` of all reads of a memory: nothing, if stateless."""
         place = index - len(self.initial_layers)
         if memory is None or not memory.layers or not 0 <= place < len(self.layers):

@@ -17,7 +17,7 @@ from torch import Tensor
 from rxlm.data.conversations import Conversation, Interaction
 from rxlm.errors import UserError
 from rxlm.tokenization import Tokenizer
-from rxlm.tokenization.template import EncodedTurn, encode_interaction, encode_system
+from rxlm.tokenization.template import EncodedTurn, encode_system, render_parts
 
 
 class Rows(NamedTuple):
@@ -110,23 +110,30 @@ class TurnEncoder:
     def __init__(self, tokenizer: Tokenizer, seq_len: int, cache_size: int = 50_000) -> None:
         self.tokenizer = tokenizer
         self.seq_len = seq_len
-        self._cache: dict[tuple[str, str], EncodedTurn] = {}
+        self._cache: dict[tuple[tuple[str, str], ...], EncodedTurn] = {}
         self._cache_size = cache_size
 
     def interaction(self, query: str, answer: str) -> EncodedTurn:
-        """Encode one turn.
+        """Encode one turn of query and answer; see :meth:`encode`."""
+        return self.encode(Interaction(query, answer))
+
+    def encode(self, interaction: Interaction) -> EncodedTurn:
+        """Encode one turn with all its parts, as the tokenizer's template has them.
 
         Raises:
-            UserError: if it is longer than ``seq_len`` tokens.
+            UserError: if it is longer than ``seq_len`` tokens, or has parts that the template has
+                not.
         """
-        key = (query, answer)
+        parts = interaction.parts()
+        key = tuple(parts.items())
         turn = self._cache.get(key)
         if turn is None:
-            turn = encode_interaction(self.tokenizer, query, answer)
+            turn = render_parts(self.tokenizer, parts).turn
             if len(turn.ids) > self.seq_len:
                 raise UserError(
                     f"a turn has {len(turn.ids)} tokens but seq_len={self.seq_len}: raise the "
-                    f"model's seq_len, or shorten the turn. It begins: {query[:80]!r}"
+                    f"model's seq_len, or shorten the turn. It begins: "
+                    f"{(interaction.query or interaction.tool_use or '')[:80]!r}"
                 )
             if len(self._cache) < self._cache_size:
                 self._cache[key] = turn
@@ -135,24 +142,33 @@ class TurnEncoder:
     def check_lengths(self, conversations: Sequence[Conversation], name: str) -> None:
         """Refuse conversations with turns that do not fit, before anything is trained on them.
 
+        A turn must fit the template as well as ``seq_len``.
+
         Args:
             conversations: all that will be used.
             name: what the message calls them.
 
         Raises:
-            UserError: with how many do not fit, the longest, and what to change.
+            UserError: with how many do not fit, the longest, and what to change; or for parts of a
+                turn that the tokenizer's template has not.
         """
         longest, too_long, where, total = 0, 0, "", 0
         for conversation in conversations:
             total += len(conversation)
             for number, item in enumerate(conversation.interactions, start=1):
+                parts, place = item.parts(), f"turn {number} of conversation '{conversation.id}'"
+                try:
+                    self.tokenizer.template.sections(parts)
+                except UserError as error:
+                    raise UserError(f"{name}: {place}: {error}") from error
                 # A token covers at least one byte, so short turns need no tokenizer.
-                if len(item.query.encode()) + len(item.answer.encode()) + 8 <= self.seq_len:
+                num_bytes = sum(len(text.encode()) for text in parts.values())
+                if num_bytes + 2 * len(parts) + 4 <= self.seq_len:
                     continue
-                length = len(encode_interaction(self.tokenizer, item.query, item.answer).ids)
+                length = len(render_parts(self.tokenizer, parts).ids)
                 too_long += length > self.seq_len
                 if length > longest:
-                    longest, where = length, f"turn {number} of conversation '{conversation.id}'"
+                    longest, where = length, place
         if too_long:
             raise UserError(
                 f"{name}: {too_long} of {total} turns have more than seq_len={self.seq_len} "
@@ -239,7 +255,7 @@ def whole_dialogues(
             encode.append(Row(encoder.system(conversation.system), b, 0))
             offset = 1
         for n, interaction in enumerate(conversation.interactions, start=offset):
-            turn = encoder.interaction(interaction.query, interaction.answer)
+            turn = encoder.encode(interaction)
             row = Row(turn, n * count + b, group_of(interaction))
             encode.append(row)
             answer.append(row)

@@ -18,8 +18,9 @@ from rxlm.errors import UserError
 from rxlm.nn.evaluation_mode import evaluation_mode
 from rxlm.ops.padding import check_ids, padded
 from rxlm.ops.sampling import SamplingSettings, sample, uniform_draw
+from rxlm.rxt.answer_form import AnswerForm
 from rxlm.rxt.conversation import ConversationState
-from rxlm.rxt.decode_values import DecodeCache, MemoryReading
+from rxlm.rxt.decode_step import DecodeStep, check_compiler
 from rxlm.rxt.model import RxTNetwork
 
 StopReason = Literal["eos", "length", "stopped"]
@@ -28,9 +29,10 @@ StopReason = Literal["eos", "length", "stopped"]
 class Answer(NamedTuple):
     """One finished answer.
 
-    ``ids``: the answer, without [A] and [EOS]; ``reason``: the model ended it ('eos'), it was cut
-    ('length'), or the reader stopped ('stopped'); ``turn``: the whole turn as it enters memory,
-    ``[BOS] ... [A] answer [EOS]``, whatever the reason.
+    ``ids``: the answer, without [A] and [EOS] (of a model that thinks: all that it said after the
+    token that opened it, which is among them if the model chose it); ``reason``: the model ended
+    it ('eos'), it was cut ('length'), or the reader stopped ('stopped'); ``turn``: the whole turn
+    as it enters memory, ``[BOS] ... [A] answer [EOS]``, whatever the reason.
     """
 
     ids: list[int]
@@ -65,20 +67,29 @@ class AnswerStream:
         prompts: Sequence[Sequence[int]],
         settings: SamplingSettings | Sequence[SamplingSettings],
         limits: AnswerLimits = AnswerLimits(),  # noqa: B008 (an immutable value)
+        form: AnswerForm | None = None,
+        *,
+        compile_decode: bool = False,
     ) -> None:
         """Check the prompts; nothing is computed yet.
 
         Args:
             network: the model.
             state: one conversation a prompt; left unchanged.
-            prompts: the ids of each row's query, ``[BOS] [Q] query``; [A] is added if missing.
+            prompts: the ids of each row's query, ``[BOS] [Q] query``; what opens the answer is
+                added if missing.
             settings: how tokens are chosen, for all rows or one a row.
             limits: where answers are cut.
+            form: how a model that thinks begins and goes on; None: it answers after [A].
+            compile_decode: run the steps after the prompt compiled (:mod:`rxlm.rxt.decode_step`).
 
         Raises:
             UserError: if the numbers of prompts, settings and conversations differ, or a prompt is
-                empty, holds ids outside the vocabulary, or leaves no room for an answer.
+                empty, holds ids outside the vocabulary, or leaves no room for an answer; if steps
+                should be compiled and there is no compiler.
         """
+        if compile_decode:
+            check_compiler(network.device)
         if len(prompts) != state.batch_size:
             raise UserError(
                 f"{len(prompts)} prompts for {state.batch_size} conversations: give one each."
@@ -87,15 +98,19 @@ class AnswerStream:
         self._settings_groups = rows_by_settings(settings, len(prompts))
         ids = network.config.tokenizer
         self._eos_id, self._pad_id = ids.eos_token_id, ids.pad_token_id
-        self._prompts = [with_answer_token(prompt, ids.answer_token_id) for prompt in prompts]
-        self._room = [answer_room(network, prompt, limits) for prompt in self._prompts]
+        self._form = form
+        self._prompts = [opened_prompt(prompt, ids.answer_token_id, form) for prompt in prompts]
+        self._room = [answer_room(network, prompt, limits, form) for prompt in self._prompts]
+        # Of each row the special token that came last, in a form.
+        self._last = [None if form is None else form.opening_of(item) for item in self._prompts]
         self._start = state
         self._draws = list(state.draws)
         self._answers: list[list[int]] = [[] for _ in prompts]
         self._reasons: list[StopReason | None] = [None for _ in prompts]
         self._pending: list[int | None] | None = None
-        self._memory: MemoryReading | None = None
-        self._cache: DecodeCache | None = None
+        self._compiled = compile_decode
+        self._step: DecodeStep | None = None
+        self._parts = tuple(network.modules())
 
     @property
     def done(self) -> bool:
@@ -152,51 +167,45 @@ class AnswerStream:
             else:
                 self._answers[row].append(token)
                 step[row] = token
+                if self._form is not None:
+                    self._last[row] = self._form.after(self._last[row], token)
         self._pending = step
         if all(token is None for token in step):
             raise StopIteration
         return step
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _next_logits(self) -> Tensor:
-        with evaluation_mode(self.network):
-            if self._pending is None:
+        with evaluation_mode(self.network, self._parts):
+            if self._step is None or self._pending is None:
                 return self._prefill()
             rows = [
                 None if reason is not None else token
                 for token, reason in zip(self._pending, self._reasons, strict=True)
             ]
-            ids, mask = padded([[] if row is None else [row] for row in rows], self._pad_id)
-            return self._advance(ids, mask)[:, -1]
+            return self._step(rows)
 
     def _prefill(self) -> Tensor:
-        weight = self.network.encoder.embedding.weight
-        slots = self._start.slots.to(device=weight.device, dtype=self.network.memory_dtype)
-        self._memory = self.network.decoder.read_memory(slots)
-        ids, mask = padded(self._prompts, self._pad_id)
-        logits_at = mask.sum(dim=1).to(weight.device) - 1
-        rows = torch.arange(len(self._prompts), device=weight.device)
-        return self._advance(ids, mask, (rows, logits_at))[:, 0]
-
-    def _advance(
-        self, ids: Tensor, mask: Tensor, positions: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+        decoder, start = self.network.decoder, self._start
         device = self.network.device
-        start = self._start.carried
-        hidden, self._cache = self.network.decoder(
+        slots = start.slots.to(device=device, dtype=self.network.memory_dtype)
+        memory = decoder.read_memory(slots)
+        ids, mask = padded(self._prompts, self._pad_id)
+        hidden, cache = decoder(
             ids.to(device),
             mask.to(device),
-            memory=self._memory,
-            cache=self._cache,
+            memory=memory,
             # Only the first tokens of a turn start from the turns before.
-            carried=None if start is None or self._cache is not None else start.to(device),
+            carried=None if start.carried is None else start.carried.to(device),
         )
-        if positions is not None:
-            hidden = hidden[positions][:, None]
-        return self.network.decoder.logits(hidden)
+        self._step = DecodeStep(decoder, memory, cache, max(self._room), compiled=self._compiled)
+        rows = torch.arange(len(self._prompts), device=device)
+        return decoder.logits(hidden[rows, mask.sum(dim=1).to(device) - 1])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _choose(self, logits: Tensor) -> list[int]:
+        if self._form is not None:
+            logits = self._form.restrict(logits, self._last)
         if len(self._settings_groups) == 1:
             ((settings, rows),) = self._settings_groups.items()
             return self._choose_alike(logits, settings, rows)
@@ -263,8 +272,18 @@ def with_answer_token(prompt: Sequence[int], answer_id: int) -> list[int]:
     return ids if ids and ids[-1] == answer_id else [*ids, answer_id]
 
 
-def answer_room(network: RxTNetwork, prompt: list[int], limits: AnswerLimits) -> int:
-    """Return how many tokens may stand between [A], which ends ``prompt``, and [EOS].
+def opened_prompt(prompt: Sequence[int], answer_id: int, form: AnswerForm | None) -> list[int]:
+    """Return ``prompt`` with what opens the answer: [A], or as ``form`` has it."""
+    return with_answer_token(prompt, answer_id) if form is None else form.opened(prompt)
+
+
+def answer_room(
+    network: RxTNetwork, prompt: list[int], limits: AnswerLimits, form: AnswerForm | None = None
+) -> int:
+    """Return how many tokens may stand between ``prompt`` and [EOS].
+
+    ``prompt`` ends in what opens the answer, unless the model chooses that itself; the one that it
+    chooses needs a place as well.
 
     Raises:
         UserError: if there is no room for any, or the prompt is empty or of another vocabulary.
@@ -272,6 +291,8 @@ def answer_room(network: RxTNetwork, prompt: list[int], limits: AnswerLimits) ->
     if len(prompt) < 2:
         raise UserError("a prompt is empty: give the ids of a query, '[BOS] [Q] query'.")
     check_ids(prompt, network.config.decoder.vocab_size, "a prompt")
+    if form is not None and form.opening_of(prompt) is None:
+        return answer_room(network, [*prompt, form.answer_id], limits) + 1
     limit = turn_limit(network, limits.max_seq_len)
     room = limit - len(prompt) - 1
     if room < 1:

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 from rxlm.errors import UserError
 from rxlm.ops.sampling import SamplingSettings
+from rxlm.rxt.answer_form import AnswerForm
 from rxlm.rxt.conversation import ConversationState
 from rxlm.rxt.generation import Answer, AnswerLimits, AnswerStream
 from rxlm.rxt.reactive import ReactiveModel
@@ -250,6 +251,7 @@ class HeldConversation(HeldConversations):
         query: str = "",
         on_early_stop: EarlyStop = "commit",
         seed: int | None = None,
+        form: AnswerForm | None = None,
     ) -> OpenTurn:
         """Start a turn; one that is still being read ends here, as if its reader had left.
 
@@ -260,7 +262,7 @@ class HeldConversation(HeldConversations):
         start = self._state
         if seed is not None:
             start = start.replaced(seeds=(seed,), draws=(0,))
-        stream = AnswerStream(self.model, start, [prompt], settings, limits)
+        stream = AnswerStream(self.model, start, [prompt], settings, limits, form)
         self._open = OpenTurn(self._state, stream, query, on_early_stop)
         return self._open
 

@@ -62,6 +62,8 @@ class HeldBatch(HeldConversations):
             [prompts[row] for row in rows],
             [settings[row] for row in rows],
             limits,
+            # Of a model that thinks: answer at once.
+            self.model.answer_form(),
         )
         self._open = OpenTurn(before, stream, "", on_early_stop, rows)
         return self._open

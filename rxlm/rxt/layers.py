@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rxlm.nn.attention import Attention, AttentionSettings, KeyValue, initialize_copy_path
 from rxlm.nn.feed_forward import FeedForward
+from rxlm.nn.key_value_buffer import KeyValueBuffer
 from rxlm.nn.linear_attention import LinearSelfAttention
 from rxlm.nn.linear_settings import LinearAttentionSettings
 from rxlm.nn.local_cache import LocalCache, attend_locally
@@ -174,7 +175,7 @@ class ReactiveLayer(nn.Module):
         mask: Tensor | None,
         phases: Tensor | None,
         key_mask: Tensor | None = None,
-        past: LayerCache | None = None,
+        past: LayerCache | KeyValueBuffer | None = None,
         memory: KeyValue | None = None,
         memory_mask: Tensor | None = None,
         condition: MemoryCondition | None = None,
@@ -189,7 +190,8 @@ class ReactiveLayer(nn.Module):
             phases: rotary phases of the T positions, or None without rotary embedding.
             key_mask: bool ``[B, T]``, True at real tokens, or None; for linear and local
                 self-attention, and for the statistics of experts.
-            past: what this layer kept of earlier tokens; unchanged.
+            past: what this layer kept of earlier tokens; unchanged, except for a buffer, which
+                gets the new token.
             memory: projected slots from :meth:`read_slots`; None skips the memory.
             memory_mask: bool ``[B, 1, 1, S]``, which slots are visible; None = all.
             condition: from :meth:`condition`; None leaves self-attention without memory.
@@ -284,7 +286,7 @@ class ReactiveLayer(nn.Module):
         mask: Tensor | None,
         phases: Tensor | None,
         key_mask: Tensor | None,
-        past: LayerCache | None,
+        past: LayerCache | KeyValueBuffer | None,
         condition: MemoryCondition | None,
         carried: CarriedLayer | None,
     ) -> tuple[Tensor, LayerCache | None]:
@@ -298,7 +300,7 @@ class ReactiveLayer(nn.Module):
             return attend_locally(attention, normed, self.local_pattern, phases, key_mask, past)
         present = attention.project(normed, phases)
         if past is not None:
-            assert isinstance(past, KeyValue)
+            assert isinstance(past, KeyValue | KeyValueBuffer)
             present = past.append(present)
         return attention(normed, present, mask, phases), present
 

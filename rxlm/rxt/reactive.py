@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from rxlm.nn.evaluation_mode import evaluation_mode
 from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.ops.padding import check_ids, padded
 from rxlm.ops.sampling import SamplingSettings
+from rxlm.rxt.answer_form import AnswerForm, ThinkingMode
 from rxlm.rxt.assembly import Component, Embedding, load_components, open_parts
 from rxlm.rxt.config import RxTConfig, TokenizerConfig
 from rxlm.rxt.conversation import ConversationState, check_carried
@@ -49,6 +50,9 @@ class Generated(NamedTuple):
 
 class ReactiveModel(RxTNetwork):
     """Networks and tokenizer, with the operations that a conversation consists of."""
+
+    thinks: ClassVar[bool] = False
+    """Whether answers have a form with thinking and tool calls (see RxTBeta)."""
 
     def __init__(
         self, config: RxTConfig | dict[str, Any], tokenizer: Tokenizer | None = None
@@ -99,6 +103,21 @@ class ReactiveModel(RxTNetwork):
             weights_fingerprint(self),
         )
 
+    def answer_form(
+        self, thinking_mode: ThinkingMode | None = None, tool_calls: bool = True
+    ) -> AnswerForm | None:
+        """Return the form of this model's answers; None: it answers after [A].
+
+        Raises:
+            UserError: if a mode is given to a model that does not think.
+        """
+        if thinking_mode is not None:
+            raise UserError(
+                f"thinking_mode={thinking_mode!r}: {type(self).__name__} answers at once; only "
+                "RxTBeta thinks (model.architecture: beta in a recipe). Leave thinking_mode out."
+            )
+        return None
+
     @property
     def memory_shape(self) -> tuple[int, int, int]:
         """(L, S, D) of this model's memory ``[L, B, S, D]``."""
@@ -134,6 +153,8 @@ class ReactiveModel(RxTNetwork):
         *,
         max_seq_len: int | None = None,
         max_new_tokens: int | None = None,
+        compile_decode: bool = False,
+        thinking_mode: ThinkingMode | None = None,
     ) -> AnswerStream:
         """Return the answers to ``prompts`` as they are written, one token a row and step.
 
@@ -143,14 +164,20 @@ class ReactiveModel(RxTNetwork):
             settings: how tokens are chosen, for all rows or one a row; None: temperature 1.
             max_seq_len: tokens of the whole turn; None or more: the model's ``seq_len``.
             max_new_tokens: tokens of the answer without [EOS]; None: as many as fit.
+            compile_decode: compile the decode step: a minute at the first use of a number of rows
+                and a length of turns, then the same tokens about twice as fast. Needs a C++
+                compiler on a CPU; with CUDA graphs on CUDA.
+            thinking_mode: of a model that thinks; None: 'fast'.
 
         Raises:
-            UserError: if a query leaves no room for an answer; nothing is computed then.
+            UserError: if a query leaves no room for an answer, or there is no compiler; nothing is
+                computed then.
         """
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         limits = AnswerLimits(max_seq_len, max_new_tokens)
         chosen = SamplingSettings() if settings is None else settings
-        return AnswerStream(self, state, ids, chosen, limits)
+        form = self.answer_form(thinking_mode)
+        return AnswerStream(self, state, ids, chosen, limits, form, compile_decode=compile_decode)
 
     def generate(
         self,
@@ -160,6 +187,8 @@ class ReactiveModel(RxTNetwork):
         *,
         max_seq_len: int | None = None,
         max_new_tokens: int | None = None,
+        compile_decode: bool = False,
+        thinking_mode: ThinkingMode | None = None,
     ) -> Generated:
         """Answer ``prompts``; arguments and errors are those of :meth:`stream`.
 
@@ -173,6 +202,8 @@ class ReactiveModel(RxTNetwork):
             settings,
             max_seq_len=max_seq_len,
             max_new_tokens=max_new_tokens,
+            compile_decode=compile_decode,
+            thinking_mode=thinking_mode,
         )
         # Entered once here, so that the stream's own, one a token, has nothing to switch.
         with evaluation_mode(self):

@@ -6,26 +6,29 @@
             print(event.text, end="", flush=True)
     session.save("sessions/ann")
 
-Not here: the files (``session_files``), how a turn is kept when its reader leaves (``held``).
+A model that thinks (RxTBeta) also has thinking modes, and tools that are run between interactions:
+
+    session = model.session(tools={"weather": weather}, thinking_mode="auto")
+
+Not here: the files (``session_files``), the events (``session_events``), one turn of it
+(``session_turns``), how a turn is kept when its reader leaves (``held``), how a tool is run
+(``tools``).
 Shapes: L layers, S slots, D width.
 """
 
 from __future__ import annotations
 
-import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
-
-import torch
+from typing import Any, NamedTuple, cast, get_args
 
 from rxlm.data.conversations import Interaction
 from rxlm.errors import UserError
 from rxlm.ops.sampling import SamplingSettings
+from rxlm.rxt.answer_form import ThinkingMode
 from rxlm.rxt.conversation import ConversationState
-from rxlm.rxt.generation import AnswerLimits, StopReason, answer_room, with_answer_token
+from rxlm.rxt.generation import AnswerLimits
 from rxlm.rxt.held import (
     EarlyStop,
     HeldConversation,
@@ -35,48 +38,45 @@ from rxlm.rxt.held import (
     check_choice,
 )
 from rxlm.rxt.reactive import ReactiveModel
+from rxlm.rxt.session_events import (
+    Event,
+    MemoryUpdated,
+    Stats,
+    TextDelta,
+    ThinkDelta,
+    ToolCallDelta,
+    TurnEnd,
+    write_size,
+)
 from rxlm.rxt.session_files import StoredSession, read_session, write_session
-from rxlm.tokenization import encode_query
+from rxlm.rxt.session_turns import checked_prompt, parts_of_turn, turn_events
+from rxlm.rxt.tools import MAX_TOOL_ROUNDS, Tool, ToolResult, check_tools, refuse_call, run_tool
+
+__all__ = [
+    "UNDO_DEPTH",
+    "Event",
+    "MemoryUpdated",
+    "Session",
+    "Stats",
+    "TextDelta",
+    "ThinkDelta",
+    "ToolCallDelta",
+    "ToolResult",
+    "TurnEnd",
+    "write_size",
+]
 
 UNDO_DEPTH = 8
 """How many turns a session can take back by default: so many memories are kept."""
 
 
-@dataclass(frozen=True)
-class TextDelta:
-    """A piece of the answer: complete characters only."""
+class _TurnOptions(NamedTuple):
+    """How the interactions that follow one query are answered."""
 
-    text: str
-
-
-@dataclass(frozen=True)
-class TurnEnd:
-    """The answer is complete: ended by the model, cut by length, or stopped."""
-
-    reason: StopReason
-    answer: str
-
-
-@dataclass(frozen=True)
-class MemoryUpdated:
-    """The memory holds the turn. ``write_size``: how much it changed, the norm of the difference
-    over the larger of the norms before and after."""
-
-    write_size: float
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What the turn cost. ``tokens`` were chosen in ``seconds`` of computing (waiting for the
-    reader is not counted); ``memory_seconds`` is None when the update runs in the background."""
-
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    memory_seconds: float | None
-
-
-Event = TextDelta | TurnEnd | MemoryUpdated | Stats
+    settings: SamplingSettings | None
+    memory_update: MemoryUpdate
+    on_early_stop: EarlyStop
+    thinking_mode: ThinkingMode | None
 
 
 class Session:
@@ -92,6 +92,9 @@ class Session:
         name: str | None = None,
         max_seq_len: int | None = None,
         undo_depth: int = UNDO_DEPTH,
+        thinking_mode: ThinkingMode | None = None,
+        tools: Mapping[str, Tool] | None = None,
+        max_tool_rounds: int = MAX_TOOL_ROUNDS,
     ) -> None:
         """Start a conversation.
 
@@ -103,8 +106,18 @@ class Session:
             name: for people; also the id of the conversation in ``turns.jsonl``.
             max_seq_len: tokens of a whole turn at which answers are cut; None: the model's.
             undo_depth: how many turns can be taken back.
+            thinking_mode: of a model that thinks; None: 'auto'.
+            tools: what a model that thinks may call, by name; None: calls are reported, not run.
+            max_tool_rounds: calls that may follow one query; a call beyond is refused, and the
+                model answers without another.
+
+        Raises:
+            UserError: for what does not fit, and for thinking or tools with a model that has none.
         """
         model.require_tokenizer()
+        if model.thinks:
+            thinking_mode = thinking_mode or "auto"
+        model.answer_form(thinking_mode)
         stored = StoredSession(
             session_id=uuid.uuid4().hex,
             name=name,
@@ -115,12 +128,21 @@ class Session:
             state=model.new_conversation(seed=seed, system=system),
             history=(),
             fingerprint=model.fingerprint(),
+            thinking_mode=thinking_mode,
         )
         self._take(model, stored, undo_depth)
+        self.set_tools(tools, max_tool_rounds)
 
     @classmethod
-    def load(cls, directory: str | Path, model: ReactiveModel) -> Session:
-        """Return the session saved in ``directory``, as it was.
+    def load(
+        cls,
+        directory: str | Path,
+        model: ReactiveModel,
+        *,
+        tools: Mapping[str, Tool] | None = None,
+        max_tool_rounds: int = MAX_TOOL_ROUNDS,
+    ) -> Session:
+        """Return the session saved in ``directory``, as it was; tools are functions, not saved.
 
         Raises:
             UserError: if there is none, it is damaged, or another model wrote it (the message
@@ -129,7 +151,9 @@ class Session:
         stored = read_session(
             directory, model.fingerprint(), model.memory_shape, model.decoder.carried_shape
         )
-        return cls._from(model, stored, max(UNDO_DEPTH, len(stored.history)))
+        session = cls._from(model, stored, max(UNDO_DEPTH, len(stored.history)))
+        session.set_tools(tools, max_tool_rounds)
+        return session
 
     @classmethod
     def _from(cls, model: ReactiveModel, stored: StoredSession, undo_depth: int) -> Session:
@@ -145,10 +169,39 @@ class Session:
         self.settings = stored.settings
         self.max_seq_len = stored.max_seq_len
         self.undo_depth = undo_depth
+        self.thinking_mode = stored.thinking_mode
+        self.set_tools(None)
+        self._stopping = False
         self._turns = stored.turns
         self._history = stored.history
         self._held = HeldConversation(model, stored.state, self._on_commit)
         self._open: OpenTurn | None = None
+
+    def set_tools(
+        self, tools: Mapping[str, Tool] | None, max_tool_rounds: int = MAX_TOOL_ROUNDS
+    ) -> None:
+        """Choose what the model may call; see the constructor.
+
+        Raises:
+            UserError: if it is no mapping of names to functions, or the model calls no tools.
+        """
+        if tools is not None and not self.model.thinks:
+            raise UserError(
+                f"{type(self.model).__name__} calls no tools; only RxTBeta does "
+                "(model.architecture: beta in a recipe). Leave 'tools' out."
+            )
+        if max_tool_rounds < 1:
+            raise UserError(f"max_tool_rounds={max_tool_rounds} must be positive.")
+        self._tools, self.max_tool_rounds = check_tools(tools), max_tool_rounds
+
+    def set_thinking_mode(self, mode: str) -> None:
+        """Choose the thinking mode of the turns to come.
+
+        Raises:
+            UserError: for an unknown mode, and for a model that does not think.
+        """
+        self.model.answer_form(cast("ThinkingMode", mode))
+        self.thinking_mode = cast("ThinkingMode", mode)
 
     @property
     def state(self) -> ConversationState:
@@ -168,6 +221,8 @@ class Session:
         settings: SamplingSettings | None = None,
         memory_update: MemoryUpdate = "inline",
         on_early_stop: EarlyStop = "commit",
+        internal: str | None = None,
+        thinking_mode: ThinkingMode | None = None,
     ) -> Iterator[Event]:
         """Say ``text`` and read the answer as events.
 
@@ -178,64 +233,107 @@ class Session:
                 update (and without :class:`MemoryUpdated`); the next use of the session waits.
             on_early_stop: whether a turn whose reader leaves is committed as far as the answer
                 was read, or dropped.
+            internal: context for this turn that is not the user's.
+            thinking_mode: for this turn only; None: the session's.
 
         Returns:
             iterator of :class:`TextDelta` ..., :class:`TurnEnd`, :class:`MemoryUpdated`,
-            :class:`Stats`.
+            :class:`Stats`. Of a model that thinks, :class:`ThinkDelta` before and
+            :class:`ToolCallDelta` after the text. If it calls a tool and the session has tools,
+            :class:`ToolResult` follows, and the events of the next interaction, which the result
+            opens; and so on, ``max_tool_rounds`` times at most.
 
         Raises:
             UserError: at once, if the query does not fit; nothing is changed.
         """
+        options = self._options(settings, memory_update, on_early_stop, thinking_mode)
+        opened = self._open_turn({"query": text, "internal": internal}, options)
+        return self._with_tools(opened, options)
+
+    def tool_result(
+        self,
+        text: str,
+        *,
+        settings: SamplingSettings | None = None,
+        memory_update: MemoryUpdate = "inline",
+        on_early_stop: EarlyStop = "commit",
+        internal: str | None = None,
+        thinking_mode: ThinkingMode | None = None,
+    ) -> Iterator[Event]:
+        """Give the result of a tool call that the caller ran; all else as :meth:`interact`.
+
+        Raises:
+            UserError: at once, if it does not fit or the model calls no tools.
+        """
+        options = self._options(settings, memory_update, on_early_stop, thinking_mode)
+        opened = self._open_turn({"tool_use": text, "internal": internal}, options)
+        return self._with_tools(opened, options)
+
+    def _options(
+        self,
+        settings: SamplingSettings | None,
+        memory_update: MemoryUpdate,
+        on_early_stop: EarlyStop,
+        thinking_mode: ThinkingMode | None,
+    ) -> _TurnOptions:
         check_choice("memory_update", memory_update, get_args(MemoryUpdate))
         check_choice("on_early_stop", on_early_stop, get_args(EarlyStop))
-        ids = encode_query(self.model.require_tokenizer(), text)
-        prompt = with_answer_token(ids, self.model.config.tokenizer.answer_token_id)
-        limits = AnswerLimits(self.max_seq_len)
-        answer_room(self.model, prompt, limits)
+        mode = thinking_mode or self.thinking_mode
+        return _TurnOptions(settings, memory_update, on_early_stop, mode)
 
-        def events() -> Iterator[Event]:
+    def _with_tools(
+        self, opened: Generator[Event, None, TurnEnd], options: _TurnOptions
+    ) -> Iterator[Event]:
+        self._stopping = False
+        end = yield from opened
+        rounds = 0
+        while self._tools and end.reason == "eos" and end.tool_call is not None:
+            rounds += 1
+            is_last = rounds > self.max_tool_rounds
+            result = refuse_call(self.max_tool_rounds) if is_last else self._run(end.tool_call)
+            yield result
+            if self._stopping:
+                return
+            given = {"tool_use": result.text}
+            # The last interaction cannot call again, so there is an end.
+            end = yield from self._open_turn(given, options, tool_calls=not is_last)
+
+    def _run(self, call: str) -> ToolResult:
+        """Run a tool; a result that leaves no room for an answer is an error for the model."""
+        result = run_tool(self._tools, call)
+        form = self.model.answer_form(self.thinking_mode)
+        try:
+            checked_prompt(self.model, {"tool_use": result.text}, form, self.max_seq_len)
+        except UserError:
+            # In as few words as can be: a long message would not fit either.
+            return ToolResult(result.name, "error: the result is too long", failed=True)
+        return result
+
+    def _open_turn(
+        self, given: Mapping[str, str | None], options: _TurnOptions, tool_calls: bool = True
+    ) -> Generator[Event, None, TurnEnd]:
+        """Check at once that the turn fits; it is begun when its first event is asked for."""
+        form = self.model.answer_form(options.thinking_mode, tool_calls)
+        prompt = checked_prompt(self.model, given, form, self.max_seq_len)
+
+        def events() -> Generator[Event, None, TurnEnd]:
             turn = self._held.begin(
                 prompt,
-                settings or self.settings,
-                limits,
-                query=text,
-                on_early_stop=on_early_stop,
+                options.settings or self.settings,
+                AnswerLimits(self.max_seq_len),
+                query=given.get("query") or "",
+                on_early_stop=options.on_early_stop,
+                form=form,
             )
             self._open = turn
             with self._held.reading(turn):
-                yield from self._events(turn, memory_update)
+                events = turn_events(self._held, turn, prompt, form, options.memory_update)
+                return (yield from events)
 
         return events()
 
-    def _events(self, turn: OpenTurn, memory_update: MemoryUpdate) -> Iterator[Event]:
-        tokenizer = self.model.require_tokenizer()
-        text = tokenizer.stream()
-        tokens = self._held.tokens(turn)
-        seconds = 0.0
-        while True:
-            started = time.perf_counter()
-            token = next(tokens, None)
-            seconds += time.perf_counter() - started
-            delta = text.flush() if token is None else text.push(token)
-            if delta:
-                yield TextDelta(delta)
-            if token is None:
-                break
-        answer = turn.stream.answers()[0]
-        num_tokens = turn.stream.num_tokens
-        memory_seconds = None
-        if memory_update == "background":
-            self._held.commit_in_background(turn)
-            yield TurnEnd(answer.reason, tokenizer.decode(answer.ids))
-        else:
-            yield TurnEnd(answer.reason, tokenizer.decode(answer.ids))
-            written = self._held.commit(turn)
-            memory_seconds = written.seconds
-            yield MemoryUpdated(write_size(written))
-        yield Stats(num_tokens, seconds, num_tokens / max(seconds, 1e-9), memory_seconds)
-
     def ask(self, text: str, *, settings: SamplingSettings | None = None) -> str:
-        """Say ``text`` and return the whole answer."""
+        """Say ``text`` and return the whole answer; after tool calls, the last one."""
         answer = ""
         for event in self.interact(text, settings=settings):
             if isinstance(event, TurnEnd):
@@ -247,6 +345,7 @@ class Session:
 
         May be called from another thread or a signal handler.
         """
+        self._stopping = True
         if self._open is not None:
             self._open.stream.stop()
 
@@ -277,19 +376,25 @@ class Session:
     def retry(
         self, *, settings: SamplingSettings | None = None, memory_update: MemoryUpdate = "inline"
     ) -> Iterator[Event]:
-        """Take back the last turn and ask its query again.
+        """Take back the last turn (with the tool results that followed) and ask its query again.
 
         The random draws go on instead of starting over, so that a sampled answer is a new one.
         """
         draws = self._held.state.draws
-        (turn,) = self.undo()
+        asked = [index for index, turn in enumerate(self.turns) if turn.tool_use is None]
+        turn = self.undo(max(1, len(self.turns) - asked[-1]) if asked else 1)[0]
         self._held.replace(self._held.state.replaced(draws=draws))
-        return self.interact(turn.query, settings=settings, memory_update=memory_update)
+        options = self._options(settings, memory_update, "commit", None)
+        given = {name: getattr(turn, name) for name in ("internal", "tool_use")}
+        given["query"] = turn.query if turn.tool_use is None else None
+        return self._with_tools(self._open_turn(given, options), options)
 
     def fork(self, name: str | None = None) -> Session:
         """Return a session that goes on from here by itself; neither affects the other."""
         stored = self._stored()._replace(session_id=uuid.uuid4().hex, name=name)
-        return self._from(self.model, stored, self.undo_depth)
+        session = self._from(self.model, stored, self.undo_depth)
+        session._tools, session.max_tool_rounds = self._tools, self.max_tool_rounds
+        return session
 
     def save(self, directory: str | Path, overwrite: bool = False) -> None:
         """Write the session; waits for the memory update.
@@ -316,19 +421,19 @@ class Session:
             state,
             self._history,
             self.model.fingerprint(),
+            self.thinking_mode,
         )
 
     def _on_commit(self, written: WrittenTurn) -> None:
-        text = self.model.require_tokenizer().decode(written.answer.ids)
-        self._turns = (*self._turns, Interaction(written.query, text))
+        said = parts_of_turn(self.model, written.answer)
+        turn = Interaction(
+            written.query,
+            said["answer"],
+            think=said.get("think"),
+            tool_call=said.get("tool_call"),
+            tool_use=said.get("tool_use"),
+            internal=said.get("internal"),
+        )
+        self._turns = (*self._turns, turn)
         history = (*self._history, written.before)
         self._history = history[max(0, len(history) - self.undo_depth) :]
-
-
-def write_size(written: WrittenTurn) -> float:
-    """Return how much a turn changed the memory: 0 not at all, 1 (about) altogether."""
-    before, after = written.before.slots.float(), written.after.slots.float()
-    larger = max(float(torch.linalg.vector_norm(before)), float(torch.linalg.vector_norm(after)))
-    if larger == 0.0:
-        return 0.0
-    return float(torch.linalg.vector_norm(after - before.to(after.device))) / larger

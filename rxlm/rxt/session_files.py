@@ -30,6 +30,7 @@ from rxlm.data.conversations import Conversation, Interaction
 from rxlm.errors import RunError, UserError
 from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.ops.sampling import SamplingSettings
+from rxlm.rxt.answer_form import ThinkingMode
 from rxlm.rxt.conversation import ConversationState, check_carried, check_slots
 from rxlm.rxt.fingerprint import ModelFingerprint
 from rxlm.storage.files import (
@@ -67,6 +68,7 @@ class StoredSession(NamedTuple):
     state: ConversationState
     history: tuple[ConversationState, ...]
     fingerprint: ModelFingerprint
+    thinking_mode: ThinkingMode | None = None
 
 
 class _Counters(Config):
@@ -87,6 +89,8 @@ class _Meta(Config):
     system: str | None
     settings: SamplingSettings
     max_seq_len: int | None
+    thinking_mode: ThinkingMode | None = None
+    """Only in the file of a session with a model that thinks."""
     model: dict[str, str]
     state: _Counters
     history: list[_Counters]
@@ -146,12 +150,14 @@ def _write_files(folder: Path, session: StoredSession) -> None:
         system=session.system,
         settings=session.settings,
         max_seq_len=session.max_seq_len,
+        thinking_mode=session.thinking_mode,
         model=session.fingerprint._asdict(),
         state=_counters(session.state),
         history=[_counters(state) for state in session.history],
         sha256={name: _digest(folder / name) for name in (MEMORY_FILE, TURNS_FILE)},
     )
-    write_bytes(folder / META_FILE, json_bytes(meta.model_dump(mode="json")))
+    unset = None if session.thinking_mode else {"thinking_mode"}
+    write_bytes(folder / META_FILE, json_bytes(meta.model_dump(mode="json", exclude=unset)))
     for name in (MEMORY_FILE, TURNS_FILE):
         _kept(folder / name).unlink(missing_ok=True)
 
@@ -213,6 +219,7 @@ def read_session(
         states[0],
         tuple(states[1:]),
         fingerprint,
+        meta.thinking_mode,
     )
 
 

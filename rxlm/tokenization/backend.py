@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from pydantic import Field
 
 from rxlm.configuration import Config
+from rxlm.tokenization.interaction import PLAIN_TEMPLATE, InteractionTemplate
 from rxlm.tokenization.special import SpecialTokens
 
 TokenizerKind = Literal["byte-bpe", "sentencepiece-unigram", "sentencepiece-bpe"]
@@ -27,6 +28,8 @@ class TokenizerDefinition(Config):
     """Make every digit a token of its own."""
     special: SpecialTokens = Field(default_factory=SpecialTokens)
     """Spelling of the special tokens, ids 0..10 in order."""
+    template: InteractionTemplate = PLAIN_TEMPLATE
+    """Which parts an interaction may have; not saved while it is the plain one."""
 
 
 class Backend(Protocol):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from rxlm.errors import UserError
 from rxlm.tokenization.backend import TokenizerDefinition, TokenizerKind
 from rxlm.tokenization.chat_format import chat_template
+from rxlm.tokenization.interaction import PLAIN_TEMPLATE
 from rxlm.tokenization.special import SpecialTokens
 
 FORMAT_VERSION = 1
@@ -104,7 +105,7 @@ def _files(stored: StoredTokenizer) -> dict[str, bytes]:
         SECTION: {
             "format": FORMAT_VERSION,
             "fingerprint": stored.fingerprint,
-            "definition": definition.model_dump(mode="json"),
+            "definition": _definition_values(definition),
         },
     }
     if definition.kind == "byte-bpe":
@@ -112,9 +113,15 @@ def _files(stored: StoredTokenizer) -> dict[str, bytes]:
     return {
         VOCABULARY_FILE[definition.kind]: stored.vocabulary,
         MAP_FILE: _json_bytes(names),
-        TEMPLATE_FILE: chat_template(definition.special).encode("utf-8"),
+        TEMPLATE_FILE: chat_template(definition.special, definition.template).encode("utf-8"),
         CONFIG_FILE: _json_bytes(config),
     }
+
+
+def _definition_values(definition: TokenizerDefinition) -> dict[str, Any]:
+    """Return the definition; without the template while that is what older files meant."""
+    is_plain = definition.template == PLAIN_TEMPLATE
+    return definition.model_dump(mode="json", exclude={"template"} if is_plain else None)
 
 
 def _json_bytes(value: Any) -> bytes:

@@ -17,6 +17,7 @@ from typing import Any
 from rxlm.errors import UserError
 from rxlm.tokenization.backend import Backend, TokenizerDefinition
 from rxlm.tokenization.byte_bpe import ByteBPE
+from rxlm.tokenization.interaction import InteractionTemplate
 from rxlm.tokenization.sentencepiece_backend import SentencePiece
 from rxlm.tokenization.special import NUM_SPECIAL_TOKENS, SpecialTokens
 from rxlm.tokenization.storage import (
@@ -54,6 +55,16 @@ class Tokenizer:
     def special(self) -> SpecialTokens:
         """Spelling of the special tokens."""
         return self.definition.special
+
+    @property
+    def template(self) -> InteractionTemplate:
+        """Which parts an interaction may have, and in which order."""
+        return self.definition.template
+
+    def with_template(self, template: InteractionTemplate) -> Tokenizer:
+        """Return this tokenizer with another form of an interaction; the vocabulary is shared."""
+        definition = self.definition.model_copy(update={"template": template})
+        return Tokenizer(self._backend, definition)
 
     @cached_property
     def fingerprint(self) -> str:

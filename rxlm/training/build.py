@@ -6,6 +6,7 @@ business.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,18 +18,21 @@ from rxlm.data.conversation_source import (
     DataConfig,
     open_conversations,
 )
+from rxlm.data.records import DataSummary
 from rxlm.errors import UserError
 from rxlm.rxt.config import NOT_ARCHITECTURE, RxTConfig
 from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.generation import turn_limit
-from rxlm.rxt.models import RxTAlpha
+from rxlm.rxt.models import ARCHITECTURES, RxTAlpha, RxTBeta
 from rxlm.rxt.reactive import tokenizer_config_of
+from rxlm.storage.model_folder import architecture_of
 from rxlm.tokenization import Tokenizer
+from rxlm.training.corpus import RowSettings, check_long_enough, open_rows
 from rxlm.training.objectives.joint_lm import JointLMObjective
 from rxlm.training.objectives.memory_aware import MemoryAwareObjective
 from rxlm.training.objectives.memory_pretraining import MemoryPretrainingObjective
 from rxlm.training.objectives.model_objective import COMPONENTS, ModelObjective
-from rxlm.training.objectives.row_windows import TextRows
+from rxlm.training.objectives.row_windows import RowSource
 from rxlm.training.objectives.sft import SFTObjective
 from rxlm.training.recipe import diff_mappings
 from rxlm.training.recipes import (
@@ -39,7 +43,6 @@ from rxlm.training.recipes import (
     SFTRecipe,
 )
 from rxlm.training.rng import derive_seed, isolated_random_state
-from rxlm.training.texts import open_texts
 
 
 class StageInputs(NamedTuple):
@@ -68,17 +71,38 @@ def build_model(recipe: ModelRecipe, inputs: StageInputs) -> RxTAlpha:
                 "or set init_from to a trained one."
             )
         with isolated_random_state(derive_seed(recipe.train.seed, "model")):
-            return RxTAlpha.from_config(model_config(recipe.model, tokenizer), tokenizer)
+            cls = recipe_class(recipe, None)
+            return cls.from_config(model_config(recipe.model, tokenizer), tokenizer)
     source = RxTAlpha.from_pretrained(inputs.model_folder)
     if recipe.model is None:
         return source
+    cls = recipe_class(recipe, inputs.model_folder)
     config = model_config(recipe.model, source.require_tokenizer())
     check_same_architecture(source.config, config, inputs.model_folder)
     # Built anew, since dropout and the like may differ between stages.
     with isolated_random_state(0):
-        model = RxTAlpha.from_config(config, source.tokenizer)
+        model = cls.from_config(config, source.tokenizer)
     model.load_state_dict(source.state_dict())
     return model
+
+
+def recipe_class(recipe: ModelRecipe, model_folder: Path | None) -> type[RxTAlpha]:
+    """Return which model a stage trains: the recipe's, or that of the weights it begins with.
+
+    An Alpha may go on as a Beta, which is the same network.
+
+    Raises:
+        UserError: for a recipe that makes an Alpha of a Beta.
+    """
+    is_beta = model_folder is not None and architecture_of(model_folder) == RxTBeta.__name__
+    if recipe.model is None:
+        return RxTBeta if is_beta else RxTAlpha
+    if is_beta and recipe.model.architecture != "beta":
+        raise UserError(
+            f"model.architecture={recipe.model.architecture!r}, but {model_folder} is an RxTBeta: "
+            "set model.architecture: beta (or leave 'model' out)."
+        )
+    return ARCHITECTURES[recipe.model.architecture]
 
 
 def model_config(section: ModelSection, tokenizer: Tokenizer) -> RxTConfig:
@@ -142,11 +166,20 @@ def build_objective(
         "accumulation": recipe.train.accumulation,
     }
     objective: ModelObjective
-    if isinstance(recipe, JointLMRecipe) and recipe.data.text is not None:
-        train, valid = open_text_rows(recipe.data, tokenizer, turn_limit(model))
+    summaries = {"train": DataSummary(), "valid": DataSummary()}
+    if recipe.data.streaming:
+        raise UserError(
+            f"data.streaming=true: only stage lm reads a stream, not {recipe.stage}. Leave it out: "
+            "large texts are mapped from a token cache (data.token_cache) and take no memory."
+        )
+    has_text = recipe.data.text is not None or bool(recipe.data.mixture)
+    if isinstance(recipe, JointLMRecipe) and has_text:
+        train, valid = open_text_rows(recipe.data, tokenizer, turn_limit(model), summaries)
+        per_step = recipe.train.accumulation * recipe.objective.dialogues
+        check_long_enough(train, recipe.objective.turns, per_step, recipe.train.steps)
         objective = JointLMObjective(model, train, valid, turns, recipe.objective, **common)
     else:
-        sources = open_sources(recipe.data)
+        sources = open_sources(recipe.data, summaries)
         for source in sources:
             if isinstance(source, ConversationList):
                 turns.check_lengths(source.conversations, source.name)
@@ -160,27 +193,34 @@ def build_objective(
             )
         else:
             objective = MemoryAwareObjective(model, *sources, turns, recipe.objective, **common)
+    objective.summaries = {name: item for name, item in summaries.items() if item.num_records}
     if model_folder is not None:
         objective.load_extra_modules(model_folder)
     return objective
 
 
-def open_sources(data: DataConfig) -> tuple[ConversationSource, ConversationSource]:
-    """Return training and validation conversations."""
-    return open_conversations(data), open_conversations(data, "valid")
-
-
-def open_text_rows(
-    data: DataConfig, tokenizer: Tokenizer, length: int
-) -> tuple[TextRows, TextRows]:
-    """Return training and validation rows of ``data.text``."""
+def open_sources(
+    data: DataConfig, summaries: Mapping[str, DataSummary]
+) -> tuple[ConversationSource, ConversationSource]:
+    """Return training and validation conversations; ``summaries`` count what is read."""
     return (
-        TextRows(open_texts(data), tokenizer, length, data.seed, f"{data.text} (train)"),
-        TextRows(open_texts(data, "valid"), tokenizer, length, data.seed, f"{data.text} (valid)"),
+        open_conversations(data, summary=summaries["train"]),
+        open_conversations(data, "valid", summaries["valid"]),
     )
 
 
-def build_on_meta(config: RxTConfig) -> RxTAlpha:
+def open_text_rows(
+    data: DataConfig, tokenizer: Tokenizer, length: int, summaries: Mapping[str, DataSummary]
+) -> tuple[RowSource, RowSource]:
+    """Return training and validation rows of ``data.text`` or ``data.mixture``."""
+    settings = RowSettings(tokenizer, length)
+    return (
+        open_rows(data, "train", settings, summaries["train"]),
+        open_rows(data, "valid", settings, summaries["valid"]),
+    )
+
+
+def build_on_meta(config: RxTConfig, cls: type[RxTAlpha] = RxTAlpha) -> RxTAlpha:
     """Return a model without storage, to count what it holds."""
     with torch.device("meta"):
-        return RxTAlpha.from_config(config)
+        return cls.from_config(config)

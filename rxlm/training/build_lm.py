@@ -10,29 +10,30 @@ from typing import NamedTuple
 
 import torch
 
-from rxlm.data.conversation_source import DataConfig
+from rxlm.data.records import DataSummary
 from rxlm.errors import UserError
 from rxlm.lm.config import LMConfig
 from rxlm.lm.language_model import LanguageModel
 from rxlm.tokenization import Tokenizer
+from rxlm.training.corpus import RowSettings, check_long_enough, open_rows, open_stream
 from rxlm.training.objectives.language_modeling import (
     LMObjective,
-    LMSettings,
     lm_architecture,
     row_length,
 )
-from rxlm.training.objectives.row_windows import TextRows
+from rxlm.training.objectives.row_windows import RowSource
+from rxlm.training.objectives.stream_rows import StreamRows
 from rxlm.training.recipe import diff_mappings
 from rxlm.training.recipes import LMRecipe
 from rxlm.training.rng import derive_seed, isolated_random_state
-from rxlm.training.texts import open_documents
 
 
 class Corpus(NamedTuple):
-    """Training and validation rows."""
+    """Training and validation rows, and what was read for them."""
 
-    train: TextRows
-    valid: TextRows
+    train: RowSource | StreamRows
+    valid: RowSource
+    summaries: dict[str, DataSummary]
 
 
 def build_language_model(
@@ -98,23 +99,33 @@ def build_lm_objective(recipe: LMRecipe, model: LanguageModel) -> LMObjective:
     Raises:
         UserError: for data that cannot be used.
     """
-    length = row_length(model, recipe.objective)
-    corpus = open_corpus(recipe.data, recipe.objective, model.require_tokenizer(), length)
-    return LMObjective(model, *corpus, recipe.objective, accumulation=recipe.train.accumulation)
-
-
-def open_corpus(
-    data: DataConfig, settings: LMSettings, tokenizer: Tokenizer, length: int
-) -> Corpus:
-    """Return training and validation rows of at most ``length`` tokens."""
-    name = data.text or data.dialogues
-    count = max(1, round(settings.dialogues * data.valid_fraction))
-    train = open_documents(data, "train", settings.dialogues, settings.turns)
-    valid = open_documents(data, "valid", count, settings.turns)
-    return Corpus(
-        TextRows(train, tokenizer, length, data.seed, f"{name} (train)"),
-        TextRows(valid, tokenizer, length, data.seed, f"{name} (valid)"),
+    tokenizer = model.require_tokenizer()
+    corpus = open_corpus(recipe, tokenizer, row_length(model, recipe.objective))
+    accumulation = recipe.train.accumulation
+    if not isinstance(corpus.train, StreamRows):
+        per_step = accumulation * recipe.objective.batch_size
+        check_long_enough(corpus.train, 1, per_step, recipe.train.steps)
+    objective = LMObjective(
+        model, corpus.train, corpus.valid, recipe.objective, accumulation=accumulation
     )
+    objective.summaries = corpus.summaries
+    return objective
+
+
+def open_corpus(recipe: LMRecipe, tokenizer: Tokenizer, length: int) -> Corpus:
+    """Return training and validation rows of at most ``length`` tokens."""
+    data, settings = recipe.data, recipe.objective
+    rows = RowSettings(tokenizer, length, settings.packing, settings.dialogues, settings.turns)
+    summaries: dict[str, DataSummary] = {"train": DataSummary(), "valid": DataSummary()}
+    if data.streaming:
+        lanes = recipe.train.accumulation
+        stream, validation = open_stream(data, rows, lanes, settings.validation_rows)
+        return Corpus(stream, validation, {})
+    train = open_rows(data, "train", rows, summaries["train"])
+    count = max(1, round(settings.dialogues * data.valid_fraction))
+    valid = open_rows(data, "valid", rows._replace(dialogues=count), summaries["valid"])
+    read = {split: item for split, item in summaries.items() if item.num_records}
+    return Corpus(train, valid, read)
 
 
 def build_lm_on_meta(config: LMConfig) -> LanguageModel:

@@ -27,6 +27,7 @@ from rxlm.training.build import (
     build_on_meta,
     check_same_architecture,
     model_config,
+    recipe_class,
 )
 from rxlm.training.build_lm import build_lm_objective, build_lm_on_meta, check_same_lm, lm_config
 from rxlm.training.device import resolve_device
@@ -95,9 +96,10 @@ def dry_run(stage: StageFile, folder: Path, *, measure: bool = False) -> DryRun:
     notes: list[str] = []
     if isinstance(recipe, LMRecipe):
         return _dry_run_lm(stage, recipe, folder, notes, measure)
-    tokenizer, config = _tokenizer_and_config(stage, folder, notes)
-    model = build_on_meta(config)
-    objective = build_objective(recipe, model, tokenizer)
+    tokenizer, config, cls = _tokenizer_and_config(stage, folder, notes)
+    model = build_on_meta(config, cls)
+    model.set_tokenizer(tokenizer)
+    objective = build_objective(recipe, model, model.require_tokenizer())
     batches = [objective.batch(0, index) for index in range(recipe.train.accumulation)]
     dialogues = [item.dialogues if isinstance(item, JointBatch) else item for item in batches]
     trained = [
@@ -109,8 +111,8 @@ def dry_run(stage: StageFile, folder: Path, *, measure: bool = False) -> DryRun:
     memory = config.memory_attention
 
     def real() -> Objective:
-        whole = RxTAlpha.from_config(config, tokenizer)
-        return build_objective(recipe, whole, tokenizer)
+        whole = cls.from_config(config, tokenizer)
+        return build_objective(recipe, whole, whole.require_tokenizer())
 
     report = DryRun(
         parameters=parameters,
@@ -190,8 +192,8 @@ def _optimizer_bytes(settings: TrainSettings, num_trained: int) -> int:
 
 def _tokenizer_and_config(
     stage: StageFile, folder: Path, notes: list[str]
-) -> tuple[Tokenizer, RxTConfig]:
-    """Return the tokenizer and the model's configuration, or stand-ins for what is not there."""
+) -> tuple[Tokenizer, RxTConfig, type[RxTAlpha]]:
+    """Return tokenizer, configuration and class of the model, or stand-ins for what is missing."""
     recipe = stage.recipe
     assert not isinstance(recipe, TokenizerRecipe | LMRecipe)
     inputs = _available_inputs(stage, folder, notes)
@@ -199,18 +201,19 @@ def _tokenizer_and_config(
         if recipe.model is None:
             raise UserError(_UNKNOWN.format(stage.path))
         tokenizer = _stand_in_tokenizer(recipe)
-        return tokenizer, model_config(recipe.model, tokenizer)
+        return tokenizer, model_config(recipe.model, tokenizer), recipe_class(recipe, None)
     tokenizer = Tokenizer.load(inputs.tokenizer_folder)
+    cls = recipe_class(recipe, inputs.model_folder)
     if inputs.model_folder is None:
         assert recipe.model is not None, "checked when the recipe was read"
-        return tokenizer, model_config(recipe.model, tokenizer)
+        return tokenizer, model_config(recipe.model, tokenizer), cls
     stored = read_model_config(inputs.model_folder).config
     if recipe.model is None:
-        return tokenizer, stored
+        return tokenizer, stored, cls
     config = model_config(recipe.model, tokenizer)
     check_same_architecture(stored, config, inputs.model_folder)
     notes.append(f"weights of {inputs.model_folder}")
-    return tokenizer, config
+    return tokenizer, config, cls
 
 
 def _available_inputs(stage: StageFile, folder: Path, notes: list[str]) -> StageInputs | None:

@@ -6,19 +6,22 @@ How it is measured is in :mod:`rxlm.evaluation.language_model`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 from rxlm.data.conversation_source import BUILTIN, DataConfig
 from rxlm.data.dataset_texts import is_dataset, load_dataset_texts
+from rxlm.data.records import DataSummary
 from rxlm.data.sources import load_texts
 from rxlm.evaluation.language_model import EvaluatedText
 from rxlm.lm.language_model import LanguageModel
+from rxlm.training.corpus import stream_validation_texts
 from rxlm.training.objectives.language_modeling import LMSettings, row_length
 from rxlm.training.objectives.row_windows import TextRows
 from rxlm.training.recipes import LMRecipe, read_recipe
 from rxlm.training.stage import CONFIG_FILE
-from rxlm.training.texts import open_documents
+from rxlm.training.texts import iter_texts, open_documents
 
 
 def lm_recipe_of_model(model_folder: Path) -> LMRecipe | None:
@@ -49,7 +52,7 @@ def evaluated_text(
     own = DataConfig() if recipe is None else recipe.data
     if data is None or data == BUILTIN:
         chosen = own if data is None else DataConfig(generator=own.generator)
-        documents = open_documents(chosen, "valid", max_documents, settings.turns)
+        documents = _validation_documents(chosen, max_documents, settings.turns)
         source = f"{chosen.text or chosen.dialogues} (valid)"
     elif is_dataset(data):
         documents = load_dataset_texts(
@@ -59,6 +62,14 @@ def evaluated_text(
     else:
         documents, source = load_texts(data), data
     return text_in_rows(model, documents[:max_documents], source, row_length(model, settings))
+
+
+def _validation_documents(data: DataConfig, limit: int, turns: int) -> list[str]:
+    if data.streaming:
+        return stream_validation_texts(data, limit)
+    if data.text is not None or data.mixture:
+        return list(itertools.islice(iter_texts(data, "valid", DataSummary()), limit))
+    return open_documents(data, "valid", limit, turns)
 
 
 def text_in_rows(

@@ -68,6 +68,7 @@ class TrainingLoop:
         self._utilization = Utilization(
             parts.objective, parts.strategy, parts.device, parts.settings.precision, folder
         )
+        self._logged_wait = 0.0
 
     def run(self) -> Ending:
         """Make steps; returns why they ended.
@@ -145,6 +146,7 @@ class TrainingLoop:
         self.state = self.state.model_copy(update={"train": means})
         state, before, self._logged = self.state, self._logged, self.state
         seconds = state.seconds - before.seconds
+        waited = self._loader.seconds_waited
         values = {
             **means,
             "lr": rate,
@@ -152,10 +154,12 @@ class TrainingLoop:
             "num_skipped": state.num_skipped,
             "tokens_per_second": (state.num_tokens - before.num_tokens) / max(seconds, 1e-9),
             "seconds": state.seconds,
+            "seconds_waited": waited - self._logged_wait,
         }
         if self._settings.watch.mfu:
             speed = values["tokens_per_second"]
             values |= self._utilization.measure(self._last_batch, state.step - 1, speed)
+        self._logged_wait = waited
         self._sinks.write("train", state.step, values)
         self._view.report("train", state.step, values)
 

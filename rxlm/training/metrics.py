@@ -20,7 +20,7 @@ from rxlm.training.loggers import MetricLogger
 
 logger = logging.getLogger(__name__)
 
-TIMING_FIELDS = ("seconds", "tokens_per_second", "mfu", "flops_per_token")
+TIMING_FIELDS = ("seconds", "seconds_waited", "tokens_per_second", "mfu", "flops_per_token")
 """Fields of a line that depend on the machine (or on where a run was interrupted)."""
 
 

@@ -7,13 +7,14 @@ objective holds the model and the data of one stage and nothing of the loop.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from rxlm.data.records import DataSummary
 from rxlm.errors import UserError
 from rxlm.training.optim import decay_groups
 from rxlm.training.settings import TrainSettings
@@ -49,6 +50,8 @@ class Objective(abc.ABC):
 
     name: str
     """Name of the stage, for log lines and messages."""
+    summaries: Mapping[str, DataSummary] = MappingProxyType({})
+    """By split, how much was read and what was skipped; empty for data that cannot be bad."""
 
     @abc.abstractmethod
     def trained_modules(self) -> nn.Module:
@@ -134,6 +137,17 @@ class Objective(abc.ABC):
         """
         if state:
             raise ValueError(f"{self.name} has no state, but the checkpoint holds {sorted(state)}.")
+
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return one state of those of all processes, in the order of their ranks.
+
+        The default is that of the first: all are equal, unless processes read different data.
+        """
+        return states[0]
+
+    def data_summary(self) -> dict[str, Any]:
+        """Return :attr:`summaries` as JSON values."""
+        return {split: summary.to_dict() for split, summary in self.summaries.items()}
 
     def batch_state(self) -> Any:
         """Return the part of the state that :meth:`batch` reads, as a JSON value.

@@ -1,4 +1,4 @@
-"""Micro-batches built ahead in a background thread. No torch.
+"""Micro-batches built ahead in background threads. No torch.
 
 Correct because a batch is a pure function of its position and of the objective's batch state; when
 that state changes, what was built ahead is thrown away (:meth:`BatchLoader.restart`).
@@ -6,6 +6,7 @@ that state changes, what was built ahead is thrown away (:meth:`BatchLoader.rest
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ class BatchLoader:
         num_micro_steps: int,
         num_steps: int,
         depth: int,
+        workers: int = 1,
     ) -> None:
         """Prepare to build; nothing is built before it is asked for.
 
@@ -29,19 +31,26 @@ class BatchLoader:
             num_micro_steps: micro-batches per step.
             num_steps: nothing is built for this step or later ones.
             depth: micro-batches built ahead; 0 builds in the calling thread.
+            workers: threads that build them. Reading, tokenising and copying release Python's
+                lock, so several do help; batches come in their order all the same.
         """
         self._build = build
         self._num_micro_steps = num_micro_steps
         self._end = num_steps * num_micro_steps
         self._depth = depth
-        self._executor = ThreadPoolExecutor(1, "batches") if depth else None
+        self._executor = ThreadPoolExecutor(workers, "batches") if depth else None
+        self.seconds_waited = 0.0
+        """Time in which a batch was asked for and not there: the device had nothing to do."""
         self._ahead: deque[tuple[int, Future[Any]]] = deque()
 
     def step_batches(self, step: int) -> Iterator[Any]:
         """Yield the micro-batches of one step. An error of the builder surfaces here."""
         first = step * self._num_micro_steps
         for position in range(first, first + self._num_micro_steps):
-            yield self._get(position)
+            begin = time.perf_counter()
+            batch = self._get(position)
+            self.seconds_waited += time.perf_counter() - begin
+            yield batch
 
     def restart(self) -> None:
         """Throw away what was built ahead."""

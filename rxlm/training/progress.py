@@ -167,7 +167,10 @@ def format_metrics(values: Mapping[str, float], limit: int | None = None) -> str
     return ", ".join(parts)
 
 
-_OWN_FORM = ("tokens_per_second", "seconds", "num_tokens", "num_skipped", "flops_per_token")
+_OWN_FORM = (
+    "tokens_per_second", "seconds", "seconds_waited", "num_tokens", "num_skipped",
+    "flops_per_token",
+)  # fmt: skip
 
 
 def format_duration(seconds: float | None) -> str:

@@ -21,6 +21,7 @@ from rxlm.errors import UserError
 from rxlm.evaluation.perplexity import PerplexitySettings
 from rxlm.evaluation.recall_plan import RecallSettings
 from rxlm.lm.config import LMConfig
+from rxlm.rxt.beta import DEFAULT_VARIANT
 from rxlm.rxt.config import MemoryAttentionConfig, RxTComponentConfig
 from rxlm.tokenization import TokenizerTraining
 from rxlm.training.objectives.joint_lm import JointLMSettings
@@ -39,9 +40,9 @@ _NUMBERED = re.compile(r"\d+_.+\.ya?ml\Z")
 _SIZES_OF_MEMORY = ("num_layers", "embed_dim", "att_heads", "stm_size", "seq_len")
 _NO_EFFECT_ON_RESULT = frozenset(
     {
-        "device", "threads", "prefetch", "gradient_checkpointing", "strategy", "deepspeed",
-        "log_every", "save_every", "keep_last", "loggers", "wandb_project", "trackio_project",
-        "watch",
+        "device", "threads", "prefetch", "prefetch_workers", "gradient_checkpointing", "strategy",
+        "deepspeed", "log_every", "save_every", "keep_last", "loggers", "wandb_project",
+        "trackio_project", "watch",
     }
 )  # fmt: skip
 
@@ -56,6 +57,9 @@ class ModelSection(Config):
     """The component that reads the finished interaction."""
     memory_attention: MemoryAttentionConfig
     """The part that writes what was read into the memory."""
+    architecture: Literal["alpha", "beta"] = "alpha"
+    """``alpha``: answers queries (RxTAlpha); ``beta``: also thinks and calls tools (RxTBeta), and
+    its ``memory_attention.variant`` is ``self-interlayer`` if it is left out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -69,6 +73,8 @@ class ModelSection(Config):
             filled["encoder"] = {**decoder, **encoder}
         if isinstance(memory, Mapping):
             sizes = {name: decoder[name] for name in _SIZES_OF_MEMORY if name in decoder}
+            if values.get("architecture") == "beta":
+                sizes["variant"] = DEFAULT_VARIANT
             filled["memory_attention"] = {**sizes, **memory}
         return filled
 
@@ -326,6 +332,8 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
 def result_values(recipe: Recipe) -> dict[str, Any]:
     """Return the part of :func:`recipe_values` that decides what the stage makes."""
     values = recipe_values(recipe)
+    # Where tokens are kept changes nothing about them.
+    del values["data"]["token_cache"]
     if recipe.stage == "tokenizer":
         return {name: values[name] for name in ("stage", "data", "tokenizer", "objective")}
     for name in ("tokenizer", "evaluation"):

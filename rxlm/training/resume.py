@@ -70,11 +70,13 @@ def save_run(parts: RunParts, state: TrainingState) -> Path:
         RunError: when the disk refuses.
     """
     random_states = parts.world.gather(capture_random_state())
+    states = parts.world.gather(parts.objective.state_dict())
+    objective_state = parts.objective.merge_states(states)
     snapshot = Snapshot(
         state=state,
         optimizer=parts.strategy.optimizer_tensors(),
         random_states=random_states,
-        objective=parts.objective.state_dict(),
+        objective=objective_state,
         architecture=as_json(parts.objective.architecture()),
         settings=as_json(parts.settings.model_dump()),
         trained=sorted(trainable_parameters(parts.module)),
@@ -162,6 +164,7 @@ def write_run_status(
             seconds=state.seconds,
             tokens_per_second=state.tokens_per_second,
             early_stop_patience=parts.settings.early_stop_patience,
+            data=parts.objective.data_summary(),
         )
     )
 

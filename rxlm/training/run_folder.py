@@ -49,6 +49,8 @@ class RunStatus(Config):
     tokens_per_second: float = 0.0
     early_stop_patience: int | None = None
     """The patience that ended an ``early_stopped`` run."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """By split: records read, bad records that were skipped, and the first of them by name."""
 
     def is_finished(self, settings: TrainSettings) -> bool:
         """Return whether nothing is left to do under ``settings``.

@@ -64,7 +64,10 @@ class TrainSettings(Config):
     threads: int | None = Field(default=None, gt=0)
     """CPU threads of torch; ``null`` leaves torch's choice."""
     prefetch: int = Field(default=1, ge=0)
-    """Micro-batches built ahead in a background thread; 0 = none."""
+    """Micro-batches built ahead in the background; 0 = none."""
+    prefetch_workers: int = Field(default=1, gt=0)
+    """Background threads that build them; more than one need a larger ``prefetch``. Batches are
+    the same, and come in the same order, whatever their number."""
 
     log_every: int = Field(default=10, gt=0)
     """Steps between two lines of ``metrics.jsonl``."""
@@ -111,6 +114,12 @@ class TrainSettings(Config):
                 "precision=bf16_pure with strategy=deepspeed: DeepSpeed would cut up bf16 weights "
                 "without their fp32 masters. Use precision=bf16 (products in bf16; ZeRO cuts up "
                 "the fp32 weights), or strategy=ddp."
+            )
+        if self.prefetch_workers > max(1, self.prefetch):
+            raise UserError(
+                f"prefetch_workers={self.prefetch_workers} with prefetch={self.prefetch}: no more "
+                f"than {self.prefetch} micro-batches are built at a time. Raise prefetch to at "
+                f"least {self.prefetch_workers}, better twice that."
             )
         if self.early_stop_patience is not None and self.validate_every is None:
             raise UserError(

@@ -16,9 +16,10 @@ from pydantic import Field
 
 from rxlm.configuration import Config
 from rxlm.data.conversation_source import DataConfig, conversation_texts, open_conversations
+from rxlm.data.records import DataSummary
 from rxlm.tokenization import Tokenizer, TokenizerTraining, train_tokenizer
 from rxlm.training.run_folder import RunFolder, RunStatus
-from rxlm.training.texts import open_texts
+from rxlm.training.texts import iter_texts, stream_texts
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +36,33 @@ class TokenizerStageSettings(Config):
     """Built-in dialogues to read. Files are always read as a whole."""
     turns: int = Field(default=12, gt=0)
     """Turns of each built-in dialogue."""
+    texts: int = Field(default=200_000, gt=0)
+    """Documents to read where ``data.text`` is a stream."""
 
 
-def tokenizer_texts(data: DataConfig, settings: TokenizerStageSettings) -> Iterator[str]:
+def tokenizer_texts(
+    data: DataConfig, settings: TokenizerStageSettings, summary: DataSummary | None = None
+) -> Iterator[str]:
     """Yield every training text: system texts, queries and answers, then ``data.text``.
 
     Raises:
         UserError: for files that are missing, empty or malformed; before the first text.
     """
-    source = open_conversations(data)
+    summary = DataSummary() if summary is None else summary
+    source = open_conversations(data, summary=summary)
     if source.size is None:
         count, turns = settings.dialogues, settings.turns
     else:
         count, turns = source.size, _WHOLE
     conversations = (source.sample(position, turns) for position in range(count))
-    texts = open_texts(data) if data.text is not None else []
+    texts: Iterator[str] = iter(())
+    if data.streaming:
+        texts = stream_texts(data, settings.texts, summary)
+    elif data.text is not None or data.mixture:
+        texts = iter_texts(data, "train", summary)
+        # What is wrong with a text that is held in memory is found out here.
+        first = list(itertools.islice(texts, 1))
+        texts = itertools.chain(first, texts)
     return itertools.chain(conversation_texts(conversations), texts)
 
 
@@ -64,7 +77,8 @@ def run_tokenizer_stage(
     Raises:
         UserError: for data that cannot be used.
     """
-    texts = tokenizer_texts(data, settings)
+    summary = DataSummary()
+    texts = tokenizer_texts(data, settings, summary)
     begin = time.perf_counter()
     run.write_config()
     run.write_environment("cpu", 1)
@@ -81,6 +95,7 @@ def run_tokenizer_stage(
         step=1,
         metrics=metrics,
         seconds=time.perf_counter() - begin,
+        data={"train": summary.to_dict()} if summary.num_records else {},
     )
     run.write_status(status)
     logger.info(

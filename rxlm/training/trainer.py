@@ -161,6 +161,7 @@ class Trainer:
                 num_local_micro_batches(settings.accumulation, world.size),
                 settings.steps,
                 settings.prefetch,
+                settings.prefetch_workers,
             )
             stack.callback(loader.close)
             name = parts.objective.name

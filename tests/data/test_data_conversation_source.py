@@ -146,14 +146,14 @@ def test_sources_refuse_what_they_do_not_have(tmp_path: Path) -> None:
 
 
 def test_malformed_rows_follow_the_configuration(tmp_path: Path) -> None:
-    """Catches an on_error setting that does not reach the reader."""
+    """Catches an on_bad_record setting that does not reach the reader."""
     path = write(tmp_path / "a.train.jsonl", numbered("a", 2))
     with open(path, "a") as file:
         file.write("oops\n")
     with pytest.raises(UserError, match=r"a\.train\.jsonl:2: not JSON"):
         open_conversations(DataConfig(dialogues=path))
     write(tmp_path / "a.valid.jsonl", numbered("v", 2))
-    assert open_conversations(DataConfig(dialogues=path, on_error="skip")).size == 1
+    assert open_conversations(DataConfig(dialogues=path, on_bad_record="skip")).size == 1
 
 
 def test_conversation_texts_leave_nothing_out() -> None:

@@ -87,7 +87,7 @@ def test_malformed_row_names_line_field_and_remedy(
     with pytest.raises(UserError, match=message):
         load_conversations(path)
     with caplog.at_level(logging.WARNING):
-        assert len(load_conversations(path, on_error="skip")) == 2
+        assert len(load_conversations(path, on_bad_record="skip")) == 2
     assert "skipped 1 of 3 rows" in caplog.text and "a.jsonl:3" in caplog.text
 
 
@@ -96,7 +96,7 @@ def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no row"):
         load_conversations(write_lines(tmp_path / "empty.jsonl", "", " "))
     with pytest.raises(UserError, match=r"none of 2 rows can be used.*empty2\.jsonl:1"):
-        load_conversations(write_lines(tmp_path / "empty2.jsonl", {}, {}), on_error="skip")
+        load_conversations(write_lines(tmp_path / "empty2.jsonl", {}, {}), on_bad_record="skip")
     with pytest.raises(UserError, match="holds no text"):
         load_texts(write_lines(tmp_path / "empty.txt", "", " "))
     (tmp_path / "folder").mkdir()

@@ -265,7 +265,7 @@ def test_stateless_layers_stand_where_they_should() -> None:
     reading = decoder.read_memory(slots)
     hidden, cache = decoder(ids, memory=reading)
     assert len(cache.layers) == 5
-    x = decoder._embed(ids)
+    x = decoder.embed(ids)
     phases = decoder._phases(torch.arange(4))
     mask = torch.ones(4, 4, dtype=torch.bool).tril()
     for layer in decoder.initial_layers:

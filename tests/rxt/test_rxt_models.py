@@ -340,8 +340,8 @@ def test_an_interrupted_answer_is_committed(
     before = model.export_conversation()
     iterator = model.interact(**model.tokenize_query("Hello"), temperature=0)
     said = [next(iterator)]
-    failing = Failing(model.decoder.forward, KeyboardInterrupt())
-    monkeypatch.setattr(model.decoder, "forward", failing)
+    failing = Failing(model.decoder.logits, KeyboardInterrupt())
+    monkeypatch.setattr(model.decoder, "logits", failing)
     with pytest.raises(KeyboardInterrupt):
         next(iterator)
     failing.active = False
@@ -354,8 +354,8 @@ def test_a_failed_answer_is_no_turn(model: RxTAlpha, monkeypatch: pytest.MonkeyP
     before = model.export_conversation()
     iterator = model.interact(**model.tokenize_query("Hello"), temperature=0)
     next(iterator)
-    failing = Failing(model.decoder.forward, RuntimeError("decoder failed"))
-    monkeypatch.setattr(model.decoder, "forward", failing)
+    failing = Failing(model.decoder.logits, RuntimeError("decoder failed"))
+    monkeypatch.setattr(model.decoder, "logits", failing)
     with pytest.raises(RuntimeError, match="decoder failed"):
         next(iterator)
     assert model.export_conversation() is before

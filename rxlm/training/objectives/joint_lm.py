@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rxlm.configuration import Config
 from rxlm.data.conversation_source import ConversationSource
+from rxlm.data.conversations import Conversation
 from rxlm.nn.expert_routing import record_routing
 from rxlm.rxt.dialogues import (
     DialogueBatch,
@@ -40,7 +41,7 @@ from rxlm.training.objective import StepOutput
 from rxlm.training.objectives.expert_balance import with_balance
 from rxlm.training.objectives.masked_lm import MaskReplacement, MLMHead, TokenMasker
 from rxlm.training.objectives.model_objective import ModelObjective
-from rxlm.training.objectives.row_windows import TextRows, batch_windows, conversation_rows
+from rxlm.training.objectives.row_windows import RowSource, batch_windows, conversation_rows
 from rxlm.training.rng import derive_generator, derive_seed
 from rxlm.training.watch import Watched, WatchSettings
 from rxlm.training.watching.memory_use import loss_by_turn
@@ -126,8 +127,8 @@ class JointLMObjective(ModelObjective):
     def __init__(
         self,
         model: ReactiveModel,
-        train: ConversationSource | TextRows,
-        valid: ConversationSource | TextRows,
+        train: ConversationSource | RowSource,
+        valid: ConversationSource | RowSource,
         turns: TurnEncoder,
         settings: JointLMSettings,
         *,
@@ -168,7 +169,7 @@ class JointLMObjective(ModelObjective):
         return self._batch(self.train_source, positions, derive_seed(self.seed, step, micro_step))
 
     def _batch(
-        self, source: ConversationSource | TextRows, positions: range, seed: int
+        self, source: ConversationSource | RowSource, positions: range, seed: int
     ) -> JointBatch:
         windows = [self._window(source, position) for position in positions]
         batch = batch_windows(
@@ -179,11 +180,12 @@ class JointLMObjective(ModelObjective):
         )
         return self._masked(batch, seed)
 
-    def _window(self, source: ConversationSource | TextRows, position: int) -> list[EncodedTurn]:
+    def _window(self, source: ConversationSource | RowSource, position: int) -> list[EncodedTurn]:
         """Return the rows at ``position``; what precedes ``answer_start`` is not predicted."""
-        if isinstance(source, TextRows):
-            return source.sample(position, self.settings.turns)
-        rows = conversation_rows(self.turns, source.sample(position, self.settings.turns))
+        window = source.sample(position, self.settings.turns)
+        if not isinstance(window, Conversation):
+            return window
+        rows = conversation_rows(self.turns, window)
         return rows if self.answers_only else [EncodedTurn(row.ids, 0) for row in rows]
 
     def _masked(self, batch: DialogueBatch, seed: int) -> JointBatch:

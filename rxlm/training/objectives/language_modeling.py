@@ -1,7 +1,8 @@
 """Stage ``lm``: a language model without a memory predicts every next token.
 
-A row is a piece of one document, so nothing is read across documents; all its tokens after the
-first are targets, [EOS] at a document's end included. The loss is the mean over the targets of an
+A row is a piece of one document, or (``packing``) several pieces that do not see each other, so
+nothing is read across documents; all tokens of a piece after its first are targets, [EOS] at a
+document's end included. The loss is the mean over the targets of an
 update, however it is cut into micro-batches.
 
 Shapes: R rows of a bucket, T tokens of its longest row, V vocabulary.
@@ -10,9 +11,9 @@ Shapes: R rows of a bucket, T tokens of its longest row, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field
@@ -22,11 +23,15 @@ from rxlm.configuration import Config
 from rxlm.errors import UserError
 from rxlm.lm.language_model import LanguageModel
 from rxlm.ops.padding import padded
+from rxlm.tokenization.template import EncodedTurn
 from rxlm.training.device import move_to_device
 from rxlm.training.objective import Objective, StepOutput
-from rxlm.training.objectives.row_windows import TextRows
+from rxlm.training.objectives.row_windows import RowSource
+from rxlm.training.objectives.stream_rows import StreamRows
 from rxlm.training.watch import Watched, WatchSettings
 from rxlm.training.watching.samples import continued_texts
+
+_RowType = TypeVar("_RowType")
 
 NOT_ARCHITECTURE = ("dropout", "init_std", "max_seq_len")
 """Fields of the configuration that weights do not depend on (``max_seq_len`` does count for
@@ -48,31 +53,65 @@ class LMSettings(Config):
     """Built-in dialogues to read where there is no ``data.text``."""
     turns: int = Field(default=8, gt=0)
     """Turns of each built-in dialogue."""
+    packing: bool = False
+    """Whether a row is filled up with several documents; they do not see each other. Then
+    ``batch_size`` rows hold more tokens, and fewer of them are padding."""
 
 
 class LMRows(NamedTuple):
-    """Right-padded rows of one bucket: ``ids`` int64 ``[R, T]``, ``mask`` bool ``[R, T]``."""
+    """Right-padded rows of one bucket.
+
+    ``ids`` int64 ``[R, T]``, ``mask`` bool ``[R, T]``; ``segments`` int64 ``[R, T]``, which piece
+    of a packed row a token is of (from 1; 0 is padding), None where each row is one piece.
+    """
 
     ids: Tensor
     mask: Tensor
+    segments: Tensor | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """Which tokens after the first are predicted, bool ``[R, T - 1]``."""
+        if self.segments is None:
+            return self.mask[:, 1:]
+        return self.mask[:, 1:] & (self.segments[:, 1:] == self.segments[:, :-1])
 
 
 def bucketed_rows(rows: Sequence[Sequence[int]], num_buckets: int, pad_id: int) -> list[LMRows]:
     """Sort rows by length and pad them to the longest of their bucket."""
-    ordered = sorted(rows, key=len)
+    return [LMRows(*padded(part, pad_id)) for part in _buckets(rows, num_buckets, len)]
+
+
+def packed_rows(
+    rows: Sequence[Sequence[Sequence[int]]], num_buckets: int, pad_id: int
+) -> list[LMRows]:
+    """Like :func:`bucketed_rows`, for rows of several pieces each."""
+    buckets = []
+    for part in _buckets(rows, num_buckets, lambda row: sum(map(len, row))):
+        ids, mask = padded([[token for piece in row for token in piece] for row in part], pad_id)
+        numbers = [
+            [number for number, piece in enumerate(row, start=1) for _ in piece] for row in part
+        ]
+        buckets.append(LMRows(ids, mask, padded(numbers, 0)[0]))
+    return buckets
+
+
+def _buckets(
+    rows: Sequence[_RowType], num_buckets: int, length: Callable[[_RowType], int]
+) -> list[list[_RowType]]:
+    ordered = sorted(rows, key=length)
     size = -(-len(ordered) // num_buckets)
-    return [
-        LMRows(*padded(ordered[start : start + size], pad_id))
-        for start in range(0, len(ordered), size)
-    ]
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def next_token_losses(model: LanguageModel, rows: LMRows) -> tuple[Tensor, Tensor]:
     """Return the sum of the cross-entropies, and the number of right predictions."""
-    hidden, _ = model(rows.ids[:, :-1], rows.mask[:, :-1])
-    targets = rows.mask[:, 1:]
-    labels = rows.ids[:, 1:][targets]
-    return model.cross_entropy(hidden[targets], labels, reduction="sum")
+    if rows.segments is None:
+        hidden, _ = model(rows.ids[:, :-1], rows.mask[:, :-1])
+    else:
+        hidden = model.read_packed(rows.ids, rows.segments)[:, :-1]
+    labels = rows.ids[:, 1:][rows.targets]
+    return model.cross_entropy(hidden[rows.targets], labels, reduction="sum")
 
 
 class LMObjective(Objective):
@@ -80,7 +119,7 @@ class LMObjective(Objective):
 
     Args:
         model: trained in place, with its tokenizer.
-        train: rows to learn from.
+        train: rows to learn from, at any position or as a stream.
         valid: rows to validate on.
         settings: batch size and the like.
         accumulation: micro-batches of an update.
@@ -91,8 +130,8 @@ class LMObjective(Objective):
     def __init__(
         self,
         model: LanguageModel,
-        train: TextRows,
-        valid: TextRows,
+        train: RowSource | StreamRows,
+        valid: RowSource,
         settings: LMSettings,
         *,
         accumulation: int = 1,
@@ -109,9 +148,17 @@ class LMObjective(Objective):
     def batch(self, step: int, micro_step: int) -> list[LMRows]:
         """Return the rows of a micro-batch: a pure function of the data seed and the position."""
         size = self.settings.batch_size
+        if isinstance(self.train_rows, StreamRows):
+            return self._batch(self.train_rows.micro_batch(step, micro_step, size))
         first = (step * self.accumulation + micro_step) * size
-        rows = [self.train_rows.sample(first + index, 1)[0].ids for index in range(size)]
-        return bucketed_rows(rows, self.settings.num_buckets, self.tokenizer.pad_id)
+        return self._batch([self.train_rows.sample(first + index, 1) for index in range(size)])
+
+    def _batch(self, encoded: list[list[EncodedTurn]]) -> list[LMRows]:
+        rows = [[piece.ids for piece in row] for row in encoded]
+        buckets, pad_id = self.settings.num_buckets, self.tokenizer.pad_id
+        if self.settings.packing:
+            return packed_rows(rows, buckets, pad_id)
+        return bucketed_rows([row[0] for row in rows], buckets, pad_id)
 
     def loss(self, batch: list[LMRows], step: int) -> StepOutput:
         """Return the mean cross-entropy over the targets."""
@@ -128,11 +175,16 @@ class LMObjective(Objective):
 
     def shard(self, batch: list[LMRows], rank: int, size: int) -> list[LMRows]:
         """Return every ``size``-th row of each bucket, so that all processes have equal work."""
-        return [LMRows(*(part[rank::size] for part in rows)) for rows in batch]
+
+        def part(rows: LMRows) -> LMRows:
+            segments = None if rows.segments is None else rows.segments[rank::size]
+            return LMRows(rows.ids[rank::size], rows.mask[rank::size], segments)
+
+        return [part(rows) for rows in batch]
 
     def count_targets(self, batch: list[LMRows]) -> int:
         """Return how many tokens are predicted."""
-        return sum(int(rows.mask[:, 1:].sum()) for rows in batch)
+        return sum(int(rows.targets.sum()) for rows in batch)
 
     def validate(self) -> dict[str, float]:
         """Return loss, perplexity and accuracy on the first validation rows, always the same."""
@@ -141,16 +193,13 @@ class LMObjective(Objective):
         loss = correct = 0.0
         num_targets = 0
         for first in range(0, total, size):
-            rows = [
-                self.valid_rows.sample(position, 1)[0].ids
-                for position in range(first, min(first + size, total))
-            ]
-            batch = bucketed_rows(rows, self.settings.num_buckets, self.tokenizer.pad_id)
+            positions = range(first, min(first + size, total))
+            batch = self._batch([self.valid_rows.sample(position, 1) for position in positions])
             for bucket in move_to_device(batch, self.model.device):
                 part = next_token_losses(self.model, bucket)
                 loss += float(part[0])
                 correct += float(part[1])
-                num_targets += int(bucket.mask[:, 1:].sum())
+                num_targets += int(bucket.targets.sum())
         mean = loss / num_targets
         return {
             "loss": mean,
@@ -163,6 +212,39 @@ class LMObjective(Objective):
         count = min(settings.sample_dialogues, self.valid_rows.size(1))
         rows = [self.valid_rows.sample(position, 1)[0].ids for position in range(count)]
         return Watched({}, continued_texts(self.model, rows, settings))
+
+    def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note how far training has come in a stream."""
+        if isinstance(self.train_rows, StreamRows):
+            self.train_rows.trained(step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where training is in a stream; rows that are read by position need no state."""
+        return self.train_rows.state_dict() if isinstance(self.train_rows, StreamRows) else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on in the stream where :meth:`state_dict` was."""
+        if not isinstance(self.train_rows, StreamRows):
+            super().load_state_dict(state)
+        elif state:
+            self.train_rows.load_state_dict(state)
+
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Take each lane of a stream from the process that read it."""
+        if isinstance(self.train_rows, StreamRows):
+            return StreamRows.merged(states)
+        return super().merge_states(states)
+
+    def batch_state(self) -> Any:
+        """Return nothing: a batch of a stream depends on its position only, too."""
+        return {}
+
+    def data_summary(self) -> dict[str, Any]:
+        """Return how much was read and what was skipped; of a stream, what was trained on."""
+        summary = super().data_summary()
+        if isinstance(self.train_rows, StreamRows):
+            summary["train"] = self.train_rows.summary().to_dict()
+        return summary
 
     def architecture(self) -> dict[str, Any]:
         """Return the configuration that weights depend on, tokenizer included."""

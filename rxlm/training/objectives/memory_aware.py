@@ -127,7 +127,7 @@ class MemoryAwareObjective(ModelObjective):
                 encode.append(Row(self.turns.system(conversation.system), b, 0))
                 start = 1
             for n, item in enumerate(conversation.interactions, start):
-                turn = self.turns.interaction(item.query, item.answer)
+                turn = self.turns.encode(item)
                 row = Row(turn, n * count + b, group_of(item))
                 encode.append(row)
                 if not has_questions or row.group or rng.random() < chat_answers:
@@ -135,7 +135,7 @@ class MemoryAwareObjective(ModelObjective):
             if has_questions and self.settings.probes:
                 probes = source.probe_questions(conversation, first + b, self.settings.probes)
                 for after, item in probes:
-                    turn = self.turns.interaction(item.query, item.answer)
+                    turn = self.turns.encode(item)
                     memory = (start + after + 1) * count + b
                     answer.append(Row(turn, memory, GROUPS.index("probe")))
         longest = max(len(item.interactions) + bool(item.system) for item in conversations)

@@ -10,23 +10,22 @@ Shapes: B windows, N rows of the longest.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Protocol
 
-import torch
+import numpy
 
 from rxlm.data.conversations import Conversation
 from rxlm.data.order import sample_index
+from rxlm.data.token_store import TokenStore, tokens_in_memory
 from rxlm.errors import UserError
 from rxlm.rxt.dialogues import DialogueBatch, Row, TurnEncoder, dialogue_batch
 from rxlm.tokenization import Tokenizer
 from rxlm.tokenization.template import EncodedTurn
 
-_TEXTS_AT_ONCE = 1000
-
 
 def conversation_rows(encoder: TurnEncoder, conversation: Conversation) -> list[EncodedTurn]:
     """Return the turns of a conversation; a system prompt becomes a turn before the first."""
-    rows = [encoder.interaction(item.query, item.answer) for item in conversation.interactions]
+    rows = [encoder.encode(item) for item in conversation.interactions]
     if conversation.system:
         rows.insert(0, encoder.system(conversation.system))
     return rows
@@ -59,103 +58,108 @@ def batch_windows(
     )
 
 
-class _Piece(NamedTuple):
-    """One row: where its tokens are, and whether its document ends with it."""
+class RowSource(Protocol):
+    """Windows of rows by position."""
 
-    start: int
-    end: int
-    is_last: bool
+    name: str
+    """For logs and messages."""
+
+    def size(self, num_rows: int) -> int:
+        """Return the number of windows of at most ``num_rows`` rows in an epoch."""
+        ...
+
+    def sample(self, position: int, num_rows: int) -> list[EncodedTurn]:
+        """Return the window at ``position`` (>= 0) of the endless reading."""
+        ...
 
 
 class TextRows:
-    """A corpus in memory, four bytes a token, read in an order of seed and epoch only.
+    """Documents as rows of tokens, read in an order of seed and epoch only.
 
     Args:
-        texts: the documents.
-        tokenizer: encodes them.
+        texts: the documents, or a store of their tokens.
+        tokenizer: encodes them; the store's.
         length: tokens of a row at most, with its [BOS] and, at a document's end, [EOS].
         seed: of the order, >= 0.
         name: for logs and messages.
+        documents: which documents of a store to read, in ascending order; None: all.
     """
 
     def __init__(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str] | TokenStore,
         tokenizer: Tokenizer,
         length: int,
         seed: int = 0,
         name: str = "text",
+        documents: numpy.ndarray | None = None,
     ) -> None:
         if length < 3:
             raise UserError(f"length={length}: a row needs [BOS], [EOS] and a token; use >= 3.")
         self.name = name
         self.seed = seed
+        self.length = length
         self._bos_id, self._eos_id = tokenizer.bos_id, tokenizer.eos_id
-        self._tokens, self._documents = _cut(texts, tokenizer, length - 2)
-        if not self._documents:
+        if not isinstance(texts, TokenStore):
+            texts = tokens_in_memory(texts, tokenizer.encode_batch)
+        self._tokens = texts.tokens
+        begins, ends = texts.offsets[:-1], texts.offsets[1:]
+        if documents is not None:
+            begins, ends = begins[documents], ends[documents]
+        real = ends > begins
+        self._begins, self._ends = begins[real], ends[real]
+        if not len(self._begins):
             raise UserError(f"{name}: holds no text; expected at least one document with a token.")
-        self._windows: dict[int, list[list[_Piece]]] = {}
+        self._windows: dict[int, numpy.ndarray] = {}
 
     def size(self, num_rows: int) -> int:
         """Return the number of windows of at most ``num_rows`` rows in an epoch."""
-        return len(self._cut_windows(num_rows))
+        return int(self._windows_before(num_rows)[-1])
 
     def sample(self, position: int, num_rows: int) -> list[EncodedTurn]:
         """Return the window at ``position``: at most ``num_rows`` consecutive rows of a document.
 
         Every row is in exactly one window of an epoch. All tokens after the first are targets.
         """
-        windows = self._cut_windows(num_rows)
-        window = windows[sample_index(self.seed, position, len(windows))]
-        return [self._row(piece) for piece in window]
+        return self.window(sample_index(self.seed, position, self.size(num_rows)), num_rows)
+
+    def window(self, index: int, num_rows: int) -> list[EncodedTurn]:
+        """Return window number ``index`` of the corpus, read from its beginning."""
+        before = self._windows_before(num_rows)
+        document = int(numpy.searchsorted(before, index, side="right")) - 1
+        first = (index - int(before[document])) * num_rows
+        begin, end = int(self._begins[document]), int(self._ends[document])
+        step = self.length - 2
+        last = min(begin + (first + num_rows) * step, end)
+        return [
+            self._row(start, min(start + step, end), start + step >= end)
+            for start in range(begin + first * step, last, step)
+        ]
 
     def rows(self) -> Iterator[list[int]]:
         """Yield every row once, in the order of the corpus."""
-        for pieces in self._documents:
-            for piece in pieces:
-                yield self._row(piece).ids
+        for index in range(self.size(1)):
+            yield self.window(index, 1)[0].ids
 
-    def _cut_windows(self, num_rows: int) -> list[list[_Piece]]:
+    def row_lengths(self) -> numpy.ndarray:
+        """Return the number of tokens of every row, in the order of the corpus: int64."""
+        step = self.length - 2
+        counts = self._num_rows()
+        lengths = numpy.full(int(counts.sum()), step + 1, dtype=numpy.int64)
+        last = numpy.cumsum(counts) - 1
+        lengths[last] = self._ends - self._begins - (counts - 1) * step + 2
+        return lengths
+
+    def _num_rows(self) -> numpy.ndarray:
+        return -(-(self._ends - self._begins) // (self.length - 2))
+
+    def _windows_before(self, num_rows: int) -> numpy.ndarray:
+        """Return how many windows come before each document, and their number: one more entry."""
         if num_rows not in self._windows:
-            self._windows[num_rows] = [
-                pieces[start : start + num_rows]
-                for pieces in self._documents
-                for start in range(0, len(pieces), num_rows)
-            ]
+            counts = -(-self._num_rows() // num_rows)
+            self._windows[num_rows] = numpy.concatenate(([0], numpy.cumsum(counts)))
         return self._windows[num_rows]
 
-    def _row(self, piece: _Piece) -> EncodedTurn:
-        tokens = self._tokens[piece.start : piece.end].tolist()
-        return EncodedTurn([self._bos_id, *tokens, *([self._eos_id] if piece.is_last else [])], 0)
-
-
-def _cut(
-    texts: Iterable[str], tokenizer: Tokenizer, length: int
-) -> tuple[torch.Tensor, list[list[_Piece]]]:
-    """Return all tokens end to end, and the pieces of ``length`` tokens of each document."""
-    parts: list[torch.Tensor] = []
-    documents: list[list[_Piece]] = []
-    offset = 0
-    for encoded in _encoded(texts, tokenizer):
-        if not encoded:
-            continue
-        end = offset + len(encoded)
-        documents.append(
-            [
-                _Piece(start, min(start + length, end), start + length >= end)
-                for start in range(offset, end, length)
-            ]
-        )
-        parts.append(torch.tensor(encoded, dtype=torch.int32))
-        offset = end
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32), documents
-
-
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == _TEXTS_AT_ONCE:
-            yield from tokenizer.encode_batch(batch)
-            batch = []
-    yield from tokenizer.encode_batch(batch)
+    def _row(self, start: int, end: int, is_last: bool) -> EncodedTurn:
+        tokens = self._tokens[start:end].tolist()
+        return EncodedTurn([self._bos_id, *tokens, *([self._eos_id] if is_last else [])], 0)
