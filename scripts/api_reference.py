@@ -43,6 +43,8 @@ PAGES: Mapping[str, Page] = {
             "rxlm",
             "rxlm.rxt.models",
             "rxlm.rxt.session",
+            "rxlm.rxt.session_events",
+            "rxlm.rxt.tools",
             "rxlm.rxt.conversation",
             "rxlm.rxt.generation",
             "rxlm.rxt.components",
@@ -76,6 +78,7 @@ PAGES: Mapping[str, Page] = {
             "rxlm.nn.short_conv",
             "rxlm.nn.norms",
             "rxlm.nn.mixers",
+            "rxlm.nn.packing",
         ),
     ),
     "ops": Page(
@@ -100,7 +103,7 @@ PAGES: Mapping[str, Page] = {
     "data": Page(
         "Data",
         "Conversations and text: files, built-in dialogues, order.",
-        ("rxlm.data", "rxlm.data.mqar"),
+        ("rxlm.data", "rxlm.data.streaming", "rxlm.data.mixture", "rxlm.data.mqar"),
     ),
     "training": Page(
         "Training",
