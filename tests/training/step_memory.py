@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,22 +28,24 @@ from rxlm.training.update import run_update
 CPU = torch.device("cpu")
 
 
-def build(kind: str, accumulation: int) -> MemoryAwareObjective:
+def build(
+    kind: str, accumulation: int, dim: int = 128, dialogues: int = 16
+) -> MemoryAwareObjective:
     generator = DialogueGenerator()
     texts = conversation_texts(generator.conversation(index, 4) for index in range(50))
     tokenizer = train_tokenizer(texts, TokenizerTraining(vocab_size=400))
     part = {
-        "num_layers": 2, "vocab_size": tokenizer.vocab_size, "embed_dim": 128, "ff_dim": 512,
+        "num_layers": 2, "vocab_size": tokenizer.vocab_size, "embed_dim": dim, "ff_dim": 4 * dim,
         "att_heads": 4, "seq_len": 128, "stm_size": 16, "self_att_type": kind,
         "cross_att_type": "mha", "tie_embeddings": True,
     }  # fmt: skip
     memory = {
-        "variant": "simple", "num_layers": 2, "embed_dim": 128, "att_heads": 4, "att_type": "mha",
+        "variant": "simple", "num_layers": 2, "embed_dim": dim, "att_heads": 4, "att_type": "mha",
         "stm_size": 16, "seq_len": 128,
     }  # fmt: skip
     torch.manual_seed(0)
     model = ReactiveModel({"encoder": part, "decoder": part, "memory_attention": memory}, tokenizer)
-    settings = MemoryAwareSettings(phases=(Phase(turns=4, dialogues=16),))
+    settings = MemoryAwareSettings(phases=(Phase(turns=4, dialogues=dialogues),))
     return MemoryAwareObjective(
         model,
         GeneratedConversations(generator, "train"),
@@ -61,30 +64,44 @@ def resident(field: str) -> int:
     raise KeyError(field)
 
 
+def ready(
+    objective: MemoryAwareObjective, settings: TrainSettings
+) -> tuple[Strategy, list[Any], int]:
+    """Return what makes steps, the batches of one, and the bytes of the weights."""
+    accumulation = settings.accumulation
+    batches = [objective.batch(0, index) for index in range(accumulation)]
+    module = objective.trained_modules()
+    weights = sum(item.numel() * item.element_size() for item in module.parameters())
+    checkpointing = settings.gradient_checkpointing
+    objective.set_gradient_checkpointing(
+        layers=checkpointing in ("layers", "both"), turns=checkpointing in ("turns", "both")
+    )
+    optimizer = build_optimizer(module, objective.parameter_groups(settings), settings)
+    objective.set_training_mode()
+    return Strategy(objective, optimizer, settings, CPU), batches, weights
+
+
 def main() -> None:
     kind, checkpointing, accumulation = sys.argv[1], sys.argv[2], int(sys.argv[3])
     settings = TrainSettings(
         steps=2, gradient_checkpointing=checkpointing, accumulation=accumulation, threads=1
     )
     torch.set_num_threads(1)
-    # First the real one: what a process has freed, it may use again without growing.
-    objective = build(kind, accumulation)
-    batches = [objective.batch(0, index) for index in range(accumulation)]
-    module = objective.trained_modules()
-    weights = sum(item.numel() * item.element_size() for item in module.parameters())
-    objective.set_gradient_checkpointing(
-        layers=checkpointing in ("layers", "both"), turns=checkpointing in ("turns", "both")
-    )
-    optimizer = build_optimizer(module, objective.parameter_groups(settings), settings)
-    strategy = Strategy(objective, optimizer, settings, CPU)
-    objective.set_training_mode()
+    # Enough that a few MB of the allocator's own do not decide.
+    dialogues = 16 if checkpointing == "none" else 32
+    # First a small one: what the first step of a process loads (libraries, code) is no tensor.
+    strategy, batches, _ = ready(build(kind, accumulation, dim=16, dialogues=4), settings)
+    run_update(strategy, batches, 0, CPU)
+    # Then the real one: what a process has freed, it may use again without growing.
+    strategy, batches, weights = ready(build(kind, accumulation, dialogues=dialogues), settings)
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     for step in range(2):
         run_update(strategy, batches, step, CPU)
     real = resident("VmHWM") - before + weights
-    estimate = estimate_step(build(kind, accumulation), settings, CPU, whole_budget=0.0)
+    again = build(kind, accumulation, dialogues=dialogues)
+    estimate = estimate_step(again, settings, CPU, whole_budget=0.0)
     print(
         json.dumps(
             {
