@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def reference() -> dict[str, str]:
     """Return the text of every page, by its path under ``docs``."""
     pages: dict[str, str] = {}
-    seen: set[int] = set()
+    seen: set[object] = set()
     listed: dict[type, str] = {}
     for name, page in PAGES.items():
         for module_name in page.modules:
@@ -199,7 +199,7 @@ def reference() -> dict[str, str]:
         index += ["| | |", "|---|---|"]
         for module_name in page.modules:
             module = importlib.import_module(module_name)
-            entries = [entry for entry in public_names(module) if not known(entry.value, seen)]
+            entries = [entry for entry in public_names(module) if not known(entry, seen)]
             if not entries:
                 continue
             lines += [f"## {module_name}", "", markdown(module.__doc__ or ""), ""]

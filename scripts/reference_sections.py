@@ -32,14 +32,14 @@ class Entry(NamedTuple):
     constant: tuple[str, str] | None = None
 
 
-def known(value: Any, seen: set[int]) -> bool:
-    """Return whether a class or function has been listed; constants are never the same thing."""
-    if not (inspect.isclass(value) or inspect.isfunction(value)):
+def known(entry: Entry, seen: set[object]) -> bool:
+    """Return whether a name has been listed: a class or function, or a constant by its source."""
+    is_object = inspect.isclass(entry.value) or inspect.isfunction(entry.value)
+    what = id(entry.value) if is_object else entry.constant
+    if what is None or what not in seen:
+        seen.add(what)
         return False
-    if id(value) in seen:
-        return True
-    seen.add(id(value))
-    return False
+    return True
 
 
 def public_names(module: ModuleType) -> list[Entry]:
