@@ -65,6 +65,7 @@ class Stats:
 
 
 Event = TextDelta | ThinkDelta | ToolCallDelta | TurnEnd | MemoryUpdated | Stats | ToolResult
+"""What a session yields while it answers."""
 
 
 DELTAS: dict[str, type[ThinkDelta] | type[TextDelta] | type[ToolCallDelta]] = {

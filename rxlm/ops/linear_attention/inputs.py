@@ -41,6 +41,7 @@ MECHANISMS: dict[str, Mechanism] = {
         Mechanism("kda", decay="channel", delta_rule=True),
     )
 }
+"""The mechanisms by name: what their states decay by, and whether they correct what is stored."""
 
 
 @dataclass(frozen=True)
