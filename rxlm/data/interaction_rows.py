@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 TOOL_RESPONSE = "tool_response"
 """Another name of ``tool_use`` in published data sets."""
 _JSON_PARTS = ("tool_call", "tool_use")
-_PART_NAMES = ("query", "answer", *OPTIONAL_PARTS, TOOL_RESPONSE)
+PART_NAMES = ("query", "answer", *OPTIONAL_PARTS, TOOL_RESPONSE)
+"""Fields of a row that hold what is said in a turn."""
 
 
 def parse_interaction(item: Any, where: str) -> Interaction:
@@ -60,8 +61,7 @@ def parse_interaction(item: Any, where: str) -> Interaction:
         if not isinstance(text, str) or (needed and not text.strip()):
             raise UserError(
                 f"{where}.{field}': expected {'non-empty ' if field == 'answer' else ''}text, got "
-                f"{shown(text)}. Fill it in, remove the turn, or read with on_error='skip' to "
-                f"leave such conversations out."
+                f"{shown(text)}. Fill it in, or remove the turn."
             )
     kind, distance = item.get("kind"), item.get("distance")
     return Interaction(
@@ -102,13 +102,13 @@ def _optional_text(item: Mapping[str, Any], name: str, where: str) -> str | None
 def _warn_of_near_misses(item: Mapping[str, Any]) -> None:
     """Other people's fields are left out, but 'thinking' or 'tool_calls' are hardly meant so."""
     for name in item:
-        if name not in _PART_NAMES:
+        if name not in PART_NAMES:
             _warn_once(str(name))
 
 
 @lru_cache(maxsize=1000)
 def _warn_once(name: str) -> None:
-    near = difflib.get_close_matches(name, _PART_NAMES, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(name, PART_NAMES, n=1, cutoff=0.7)
     if near:
         logger.warning("field '%s' of a turn is left out: did you mean '%s'?", name, near[0])
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from rxlm.data.conversations import Conversation
 from rxlm.data.files import CONVERSATION_SUFFIXES, TEXT_SUFFIXES, resolve_files
-from rxlm.data.interaction_rows import parse_interaction, shown
+from rxlm.data.interaction_rows import PART_NAMES, parse_interaction, shown
 from rxlm.data.records import (
     EXAMPLE,
     MAX_RECORD_BYTES,
@@ -101,13 +101,19 @@ def _as_it_is(paragraph: Any, where: str) -> str:
 def parse_conversation(row: Any, where: str) -> Conversation:
     """Return the conversation in ``row`` (decoded JSON).
 
+    A row that has ``query`` and ``answer`` of its own begins with that turn; ``interactions``, if
+    there are any, follow. Published data sets have both forms.
+
     Raises:
         UserError: beginning with ``where`` and naming field, expectation and remedy.
     """
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected an object such as {EXAMPLE}, got {shown(row)}.")
+    first = {name: value for name, value in row.items() if name in PART_NAMES}
     interactions = row.get("interactions")
-    if not isinstance(interactions, list) or not interactions:
+    if interactions is None and first:
+        interactions = []
+    if not isinstance(interactions, list) or not (interactions or first):
         found = ", ".join(map(str, row)) or "none"
         raise UserError(
             f"{where}: field 'interactions': expected a non-empty list of objects with 'query' and "
@@ -121,9 +127,12 @@ def parse_conversation(row: Any, where: str) -> Conversation:
             f"Make it a string or leave it out."
         )
     return Conversation(
-        interactions=tuple(
-            parse_interaction(item, f"{where}: field 'interactions[{turn}]")
-            for turn, item in enumerate(interactions)
+        interactions=(
+            *([parse_interaction(first, f"{where}: field 'row")] if first else []),
+            *(
+                parse_interaction(item, f"{where}: field 'interactions[{turn}]")
+                for turn, item in enumerate(interactions)
+            ),
         ),
         system=system,
         id=str(row["id"]) if isinstance(row.get("id"), (str, int)) else "",
@@ -137,7 +146,11 @@ def parse_text(row: Any, where: str) -> str:
     Raises:
         UserError: beginning with ``where`` and naming field, expectation and remedy.
     """
-    if isinstance(row, Mapping) and "text" not in row and "interactions" in row:
+    if (
+        isinstance(row, Mapping)
+        and "text" not in row
+        and ("interactions" in row or "answer" in row)
+    ):
         return render(parse_conversation(row, where))
     text = row.get("text") if isinstance(row, Mapping) else None
     if not isinstance(text, str) or not text.strip():

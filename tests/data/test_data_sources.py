@@ -35,6 +35,21 @@ def test_jsonl_keeps_what_the_generator_wrote(tmp_path: Path, name: str) -> None
     assert load_conversations(path) == conversations
 
 
+def test_the_first_turn_may_stand_beside_the_list(tmp_path: Path) -> None:
+    """Catches the first turn of rows in the reference's form being dropped without a word."""
+    first, second = {"query": "a", "answer": "b", "think": "c"}, {"query": "d", "answer": "e"}
+    rows = [{**first, "interactions": [second], "system": "s"}, first, {"interactions": [first]}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    both, alone, listed = load_conversations(path)
+    assert [turn.query for turn in both.interactions] == ["a", "d"]
+    assert (both.system, both.interactions[0].think) == ("s", "c")
+    assert alone.interactions == listed.interactions == both.interactions[:1]
+    path.write_text('{"query": "a", "interactions": []}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl:1: field 'row.answer': expected non-empty"):
+        load_conversations(path)
+
+
 def test_parquet_reads_the_same_as_jsonl(tmp_path: Path) -> None:
     """Catches nulls of parquet's fixed columns leaking in as metadata."""
     parquet = pytest.importorskip("pyarrow.parquet")
