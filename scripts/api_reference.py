@@ -93,6 +93,7 @@ PAGES: Mapping[str, Page] = {
             "rxlm.ops.rotary",
             "rxlm.ops.alibi",
             "rxlm.ops.losses",
+            "rxlm.ops.bleu",
             "rxlm.ops.sampling",
             "rxlm.ops.padding",
         ),
