@@ -43,11 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Fill the README from a pipeline's report.")
     parser.add_argument("run", type=Path, help="folder of a pipeline, such as runs/nano")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
+    parser.add_argument(
+        "--beside", default="", help="what else ran on the machine, such as 'another training'"
+    )
     parser.add_argument("--readme", type=Path, default=README, help="the file with the blocks")
     options = parser.parse_args(arguments)
     try:
         before = options.readme.read_text(encoding="utf-8")
-        after = fill(before, render_blocks(options.run))
+        after = fill(before, render_blocks(options.run, options.beside))
         if after != before and not options.check:
             write_bytes(options.readme, after.encode("utf-8"))
     except UserError as error:
@@ -85,8 +88,10 @@ def fill(text: str, blocks: Mapping[str, str]) -> str:
     return text
 
 
-def render_blocks(run: Path) -> dict[str, str]:
+def render_blocks(run: Path, beside: str = "") -> dict[str, str]:
     """Return the content of the blocks ``transcript`` and ``recall``.
+
+    ``beside``: what else ran on the machine, for the reader of the minutes.
 
     Raises:
         UserError: if the run has no report, or the report lacks a part.
@@ -101,7 +106,7 @@ def render_blocks(run: Path) -> dict[str, str]:
         raise UserError(f"{run / REPORT_FILE} holds no conversation: run 'rxlm demo {run}' first.")
     return {
         "transcript": render_transcript(report["transcript"]),
-        "recall": render_recall(report, training_minutes(run)),
+        "recall": render_recall(report, training_minutes(run), beside),
     }
 
 
@@ -118,7 +123,7 @@ def render_transcript(parts: Sequence[Sequence[Sequence[Any]]]) -> str:
     return f"```text\n    {'you':{width}}  model\n{restart.join(shown)}\n```"
 
 
-def render_recall(report: Mapping[str, Any], minutes: float) -> str:
+def render_recall(report: Mapping[str, Any], minutes: float, beside: str = "") -> str:
     """Return the recall table, the figures below it, and how they were made."""
     recall, model, environment = report["recall"], report["model"], report["environment"]
     settings = recall["settings"]
@@ -143,7 +148,8 @@ def render_recall(report: Mapping[str, Any], minutes: float) -> str:
             f"{model['num_parameters']:,} parameters; a memory of {model['num_layers']} layers x "
             f"{model['num_slots']} slots x {model['dim']} numbers; {minutes:.1f} minutes of "
             f"training steps, {threads} thread{'s' * (threads > 1)} on a machine with "
-            f"{environment['num_cpus']} CPU cores, torch {environment['torch']}. Printed by "
+            f"{environment['num_cpus']} CPU cores{f', with {beside} beside it' if beside else ''}, "
+            f"torch {environment['torch']}. Printed by "
             "`make quickstart`, with 95 % intervals and more in its `runs/nano/report.md`; copied "
             "from there by `python scripts/update_readme.py runs/nano`.",
         ]
