@@ -165,7 +165,7 @@ class ReactiveModel(RxTNetwork):
             max_seq_len: tokens of the whole turn; None or more: the model's ``seq_len``.
             max_new_tokens: tokens of the answer without [EOS]; None: as many as fit.
             compile_decode: compile the decode step: a minute at the first use of a number of rows
-                and a length of turns, then the same tokens about twice as fast. Needs a C++
+                and a length of turns, then the same tokens twice as fast or more. Needs a C++
                 compiler on a CPU; with CUDA graphs on CUDA.
             thinking_mode: of a model that thinks; None: 'fast'.
 
