@@ -1,8 +1,8 @@
 """What a step takes, found out by making a few small ones: peak memory and seconds.
 
 A micro-batch is cut (an eighth and a quarter of it), each part is computed forward and backward,
-and what grows with the tokens is drawn out to the whole; if that would be quick and fit easily, the
-whole is made, too, and the figures are measured ones. Then
+and what grows with the tokens is drawn out to the whole (:func:`_extrapolated`); if that would be
+quick and fit easily, the whole is made, too, and the figures are measured ones. Then
 
     peak = weights and buffers + optimizer state + max(forward and backward pass, optimizer step)
 
@@ -224,21 +224,27 @@ def _count_tokens(objective: Objective, parts: list[Any], batch: Any, measured: 
 
 
 def _extrapolated(measured: list[Pass], num_tokens: int) -> Pass:
-    """Draw bytes and seconds out in a straight line to ``num_tokens``."""
+    """Draw bytes and seconds of two passes out to ``num_tokens``.
+
+    Which moment of a pass holds most may change with its size, so that bytes are convex in the
+    tokens: at least what a straight line gives, at most in proportion. The middle of both is taken.
+    """
     if len(measured) == 1:
         return measured[0]
     small, large = measured
     span = large.num_tokens - small.num_tokens
+    growth = num_tokens / max(1, large.num_tokens)
 
-    def drawn(low: float, high: float) -> float:
+    def line(low: float, high: float) -> float:
         if span <= 0:
-            return high * num_tokens / max(1, large.num_tokens)
+            return high * growth
         return high + max(0.0, high - low) * (num_tokens - large.num_tokens) / span
 
+    most = large.peak_bytes * growth
     return Pass(
         num_tokens,
-        math.ceil(drawn(small.peak_bytes, large.peak_bytes)),
-        drawn(small.seconds, large.seconds),
+        math.ceil((line(small.peak_bytes, large.peak_bytes) + most) / 2),
+        line(small.seconds, large.seconds),
     )
 
 

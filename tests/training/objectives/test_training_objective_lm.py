@@ -119,7 +119,7 @@ def test_bf16_keeps_fp32_weights_and_the_loss(tiny_tokenizer: Tokenizer, tmp_pat
     """Catches weights or optimizer states in bf16, and arithmetic that loses the loss."""
     losses = {}
     for precision in ("fp32", "bf16"):
-        objective = make(tiny_tokenizer, batch_size=2, depth=1)
+        objective = make(tiny_tokenizer, batch_size=4, depth=1)
         result = train(
             objective, tmp_path / precision, steps=50, precision=precision, validate_every=50
         )
@@ -131,8 +131,7 @@ def test_bf16_keeps_fp32_weights_and_the_loss(tiny_tokenizer: Tokenizer, tmp_pat
             torch.float32
         }
     assert losses["fp32"] < 0.8 * math.log(tiny_tokenizer.vocab_size), "it learned something"
-    # Rounding grows over 50 steps of two rows each: the same course, not the same digits.
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.04)
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
 
 
 def test_resume_is_bit_equal(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
