@@ -1,5 +1,8 @@
 """BLEU on token ids: many sentences at once, equal to NLTK's for every smoothing method.
 
+(NLTK's ``method5`` and ``method7`` look at 5-grams beyond the last order, whatever that is; here it
+is the next order, which is the same for four weights.)
+
     p_n   = matched n-grams / n-grams of the candidate, a match counted as often as in a reference
     score = brevity penalty * exp(sum_n w_n log p_n)
 
@@ -136,14 +139,16 @@ def ngram_counts(
     if references.dim() == 2:
         references = references[:, None]
         reference_mask = None if reference_mask is None else reference_mask[:, None]
-    _check_ids(candidates, references)
+    _check_shapes(candidates, references)
+    real = _mask(candidates, candidate_mask, "candidate_mask")
+    real_references = _mask(references, reference_mask, "reference_mask")
     tokens, lengths = _left_aligned(
-        _joined(candidates[:, None], references, 0),
         _joined(
-            _mask(candidates, candidate_mask, "candidate_mask")[:, None],
-            _mask(references, reference_mask, "reference_mask"),
-            False,
+            _real_ids(candidates, real, "candidates")[:, None],
+            _real_ids(references, real_references, "references"),
+            0,
         ),
+        _joined(real[:, None], real_references, False),
     )
     there = lengths[:, 1:] > 0
     if not bool(there.any(1).all()):
@@ -288,22 +293,35 @@ def _mask(ids: Tensor, mask: Tensor | None, name: str) -> Tensor:
         raise UserError(
             f"{name} has shape {list(mask.shape)}, the ids {list(ids.shape)}: they must be equal."
         )
+    if mask.is_floating_point():
+        raise UserError(
+            f"{name} has dtype {mask.dtype}; expected bool, or 0 and 1: a mask that is added to "
+            "scores means the opposite."
+        )
     return mask.bool()
 
 
-def _check_ids(candidates: Tensor, references: Tensor) -> None:
+def _real_ids(ids: Tensor, mask: Tensor, name: str) -> Tensor:
+    """Return the ids with 0 at padding, whatever stood there."""
+    ids = ids.masked_fill(~mask, 0)
+    if ids.numel() and int(ids.min()) < 0:
+        raise UserError(
+            f"{name} holds the id {int(ids.min())}: ids count from 0; mask what is no token."
+        )
+    return ids
+
+
+def _check_shapes(candidates: Tensor, references: Tensor) -> None:
+    for name, ids in (("candidates", candidates), ("references", references)):
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise UserError(f"{name} has dtype {ids.dtype}; expected integers.")
     if candidates.dim() != 2 or references.dim() != 3 or len(candidates) != len(references):
         raise UserError(
             f"candidates {list(candidates.shape)} and references {list(references.shape)}: "
             "expected [B, T] and [B, R, T'] (or [B, T'])."
         )
-    for name, ids in (("candidates", candidates), ("references", references)):
-        if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise UserError(f"{name} has dtype {ids.dtype}; expected integers.")
-        if ids.numel() and int(ids.min()) < 0:
-            raise UserError(
-                f"{name} holds the id {int(ids.min())}: ids count from 0; mask what is no token."
-            )
+    if not len(candidates):
+        raise UserError("no sentences (B = 0): give at least one.")
 
 
 def _check_smoothing(smoothing: str, num_orders: int) -> None:

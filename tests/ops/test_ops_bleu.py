@@ -133,6 +133,15 @@ def test_a_perfect_answer_has_one_and_an_empty_one_has_zero() -> None:
     assert sentence_bleu(ids, ids, mask).tolist() == [1.0, 0.0]
 
 
+def test_what_stands_at_padding_is_no_token() -> None:
+    """Catches the -100 of masked labels being refused, or counted."""
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    padded = torch.tensor([[-100, 1, 2, 3, 4, 5, -100]])
+    mask = padded >= 0
+    assert sentence_bleu(padded, ids, mask).tolist() == [1.0]
+    assert sentence_bleu(ids, padded, reference_mask=mask).tolist() == [1.0]
+
+
 def test_ids_may_be_large_and_on_any_scale() -> None:
     """Catches names of n-grams that collide when ids are large."""
     generator = torch.Generator().manual_seed(0)
@@ -152,6 +161,11 @@ def test_ids_may_be_large_and_on_any_scale() -> None:
         ({"references": torch.zeros(3, 3, dtype=torch.long)}, r"expected \[B, T\]"),
         ({"reference_mask": torch.zeros(2, 3, dtype=torch.bool)}, "sentence 0 has no reference"),
         ({"candidate_mask": torch.ones(2, 4, dtype=torch.bool)}, r"candidate_mask has shape"),
+        ({"candidate_mask": torch.zeros(2, 3)}, "a mask that is added to scores"),
+        (
+            {name: torch.zeros(0, 3, dtype=torch.long) for name in ("candidates", "references")},
+            "no sentences",
+        ),
         ({"smoothing": "method9"}, "smoothing='method9' does not exist"),
         ({"weights": ()}, "0 weights"),
     ],
