@@ -266,12 +266,15 @@ class RxTAlpha(BatchModel):
     def export_stm_state(self) -> Tensor:
         """Return a copy of the held memory, ``[L, B, S, D]`` (B = 1 without batch mode); waits for
         its update."""
-        return self._conversation.state.slots.detach().clone()
+        return self.export_conversation().slots.detach().clone()
 
     def export_conversation(self) -> ConversationState:
         """Return the held conversation (in batch mode: all of them) as a value; waits for its
-        update."""
-        return self._conversation.state
+        update. It is of the model's device and type, also after the model was converted."""
+        state = self._conversation.state
+        if (state.slots.device, state.slots.dtype) == (self.device, self.memory_dtype):
+            return state
+        return state.to(self.device, self.memory_dtype)
 
     def load_stm_state(self, state: Tensor | ConversationState) -> None:
         """Go on with another memory ``[L, B, S, D]``, or with another conversation.

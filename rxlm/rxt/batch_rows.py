@@ -5,6 +5,7 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -112,22 +113,29 @@ def seeds_of_rows(seed: PerRow[int | None], batch_size: int) -> list[int | None]
     """Return each row's new seed: ``seed + b`` for row b, those of a sequence, None for none.
 
     Raises:
-        UserError: if a sequence has not B values.
+        UserError: if a sequence has not B values, or a value is no whole number.
     """
     column = _column("seed", seed, batch_size)
     if column is not None:
-        return [None if value is None else int(value) for value in column]
+        return [None if value is None else _whole("seed", value) for value in column]
     if seed is None:
         return [None] * batch_size
-    assert isinstance(seed, int)
-    return [seed + row for row in range(batch_size)]
+    first = _whole("seed", seed)
+    return [first + row for row in range(batch_size)]
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name}={value!r}: expected a whole number.") from None
 
 
 def _column(name: str, value: Any, batch_size: int) -> list[Any] | None:
     """Return the values of a sequence; None for a value that all rows share."""
-    if isinstance(value, Tensor) and value.dim() == 1:
+    if hasattr(value, "tolist"):  # A tensor or an array, of one value or of many.
         value = value.tolist()
-    if not isinstance(value, list | tuple):
+    if isinstance(value, str) or not isinstance(value, Sequence):
         return None
     if len(value) != batch_size:
         raise UserError(

@@ -1,7 +1,7 @@
 """Rows of text to padded ids, and rows of ids back to text.
 
 Answering them is in :mod:`rxlm.rxt.batched`; one query or one token at a time, in
-:mod:`rxlm.rxt.models`.
+:mod:`rxlm.rxt.alpha`.
 
 Shapes: B rows, T tokens of the longest query, A tokens of the longest answer, N turns.
 """
@@ -9,6 +9,7 @@ Shapes: B rows, T tokens of the longest query, A tokens of the longest answer, N
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ MEMORY_NOTES = {
 
 class BatchTextModel(ReactiveModel):
     """A model whose tokenizer takes and gives rows of text."""
+
+    turn_length: ClassVar[int] = 256
+    """Tokens of a turn at which answers are cut and queries refused, unless a call says another."""
 
     def tokenize_batch(
         self,
@@ -54,7 +58,7 @@ class BatchTextModel(ReactiveModel):
     def tokenize_dialogues(
         self,
         dialogues: Sequence[Sequence[str | None]],
-        max_seq_len: int = 256,
+        max_seq_len: int | None = None,
         device: torch.device | str = "cpu",
     ) -> dict[str, Tensor]:
         """Return the queries of B dialogues, turn by turn, as ids and mask ``[N, B, T]``.
@@ -70,7 +74,8 @@ class BatchTextModel(ReactiveModel):
             for turn in range(num_turns)
             for dialogue in dialogues
         ]
-        flat = self.tokenize_batch(texts, max_seq_len, device)
+        limit = self.turn_length if max_seq_len is None else max_seq_len
+        flat = self.tokenize_batch(texts, limit, device)
         shape = (num_turns, len(dialogues), -1)
         return {name: tensor.view(shape) for name, tensor in flat.items()}
 

@@ -162,7 +162,7 @@ class BatchModel(BatchTextModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        max_seq_len: int = 256,
+        max_seq_len: int | None = None,
         temperature: PerRow[float] = 1.0,
         top_k: PerRow[int | None] = None,
         top_p: PerRow[float | None] = None,
@@ -174,14 +174,15 @@ class BatchModel(BatchTextModel):
     ) -> Iterator[Tensor]:
         """Answer one query a row, token by token; then write the turns into the rows' memories.
 
-        Every row gets what :meth:`~rxlm.rxt.models.RxTAlpha.interact` would give it alone.
+        Every row gets what :meth:`~rxlm.rxt.alpha.RxTAlpha.interact` would give it alone; a
+        model that thinks answers 'fast'.
 
         Args:
             input_ids: queries ``[B, T]``, from :meth:`tokenize_batch`.
             attention_mask: which ids are real, same shape (padding on either side); None = all. A
                 row without any sits this turn out: its conversation stays as it is, bit for bit.
             max_seq_len: tokens of a whole turn at which answers are cut (capped by the model's
-                ``seq_len``).
+                ``seq_len``); None: as ``interact`` does unless it is told.
             temperature: for all rows, or one value a row, as the next five; see
                 :class:`~rxlm.ops.sampling.SamplingSettings`.
             top_k: see there.
@@ -209,7 +210,7 @@ class BatchModel(BatchTextModel):
         values = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         settings = settings_of_rows(values, batch.batch_size, "batch_interact")
         seeds = seeds_of_rows(seed, batch.batch_size)
-        limits = AnswerLimits(max_seq_len)
+        limits = AnswerLimits(self.turn_length if max_seq_len is None else max_seq_len)
         prompts = self._batch_prompts(input_ids, attention_mask, limits)
 
         def answers() -> Iterator[Tensor]:
@@ -236,7 +237,7 @@ class BatchModel(BatchTextModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        max_seq_len: int = 256,
+        max_seq_len: int | None = None,
         temperature: PerRow[float] = 1.0,
         top_k: PerRow[int | None] = None,
         top_p: PerRow[float | None] = None,
@@ -274,7 +275,7 @@ class BatchModel(BatchTextModel):
         values = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         settings = settings_of_rows(values, batch.batch_size, "batch_interactions")
         seeds = seeds_of_rows(seed, batch.batch_size)
-        limits = AnswerLimits(max_seq_len)
+        limits = AnswerLimits(self.turn_length if max_seq_len is None else max_seq_len)
         one_turn = input_ids.dim() < 3
         all_ids = input_ids[None] if one_turn else input_ids
         all_masks = [None] * len(all_ids) if attention_mask is None else attention_mask

@@ -52,6 +52,7 @@ class RxTBeta(RxTAlpha):
     """
 
     thinks: ClassVar[bool] = True
+    turn_length: ClassVar[int] = MAX_SEQ_LEN
 
     def __init__(
         self,
@@ -121,20 +122,20 @@ class RxTBeta(RxTAlpha):
         self,
         system_prompt: str | None = None,
         max_seq_len: int = MAX_SEQ_LEN,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> None:
         """Move the model to ``device`` and start the held conversation anew.
 
         Args:
             system_prompt: written into memory under its title; None: an empty conversation.
             max_seq_len: longest prompt in tokens.
-            device: where the model goes.
+            device: where the model goes; None: it stays.
         """
-        self.to(device)
+        if device is not None:
+            self.to(device)
         self.share_components()
-        if system_prompt is None:
-            self.reset_stm_state()
-        else:
+        self.reset_stm_state()
+        if system_prompt is not None:
             self.init_stm_state(**self.tokenize_system_prompt(system_prompt, max_seq_len))
 
     def answer_form(

@@ -1,6 +1,6 @@
 """The encoder and the decoder of a Reactive Transformer.
 
-What they are *not*: generation, conversation, files. See :mod:`rxlm.rxt.models`.
+What they are *not*: generation, conversation, files. See :mod:`rxlm.rxt.alpha`.
 
 Shapes: B batch, T tokens, P past and present tokens, L layers, S slots, D width, V vocabulary.
 """

@@ -1,7 +1,7 @@
 """Answering turns token by token, for any number of conversations at once.
 
 One code path: a single conversation is a batch of one. Memory is read here and never written (see
-:mod:`rxlm.rxt.reactive`), text does not occur (see :mod:`rxlm.rxt.models`).
+:mod:`rxlm.rxt.reactive`), text does not occur (see :mod:`rxlm.rxt.alpha`).
 
 Shapes: B conversations, T tokens of the longest prompt, D width, V vocabulary.
 """

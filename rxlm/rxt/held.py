@@ -3,7 +3,7 @@
 A turn is begun, read token by token, and committed: its memory update runs at once or on a worker
 thread. A reader may leave at any point. Then the turn is committed (or dropped) the next time the
 conversation is used, never inside the reader's clean-up, so that an error is seen by somebody.
-Not here: what readers are shown (:mod:`rxlm.rxt.models`: ids; :mod:`rxlm.rxt.session`: events),
+Not here: what readers are shown (:mod:`rxlm.rxt.alpha`: ids; :mod:`rxlm.rxt.session`: events),
 and several conversations at once (:mod:`rxlm.rxt.held_batch`).
 """
 

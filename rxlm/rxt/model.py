@@ -1,6 +1,6 @@
 """The three networks of a Reactive Transformer, with one shared embedding. Tensors in and out.
 
-Talking (tokens, sessions, the ``interact`` protocol) is in :mod:`rxlm.rxt.models`.
+Talking (tokens, sessions, the ``interact`` protocol) is in :mod:`rxlm.rxt.alpha`.
 
 Shapes: B batch, T tokens, L layers, S slots, D width.
 """

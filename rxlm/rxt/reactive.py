@@ -1,7 +1,7 @@
 """A Reactive Transformer that speaks: its networks, its tokenizer, and conversations as values.
 
 Every method takes what it needs and returns what came of it; nothing is remembered between calls.
-The convenience of one held conversation is in :mod:`rxlm.rxt.models`.
+The convenience of one held conversation is in :mod:`rxlm.rxt.alpha`.
 
 Shapes: L layers, B conversations, T tokens, S slots, D width.
 """

@@ -18,6 +18,7 @@ Shapes: L layers, S slots, D width.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
@@ -51,6 +52,8 @@ from rxlm.rxt.session_events import (
 from rxlm.rxt.session_files import StoredSession, read_session, write_session
 from rxlm.rxt.session_turns import checked_prompt, parts_of_turn, turn_events
 from rxlm.rxt.tools import MAX_TOOL_ROUNDS, Tool, ToolResult, check_tools, refuse_call, run_tool
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "UNDO_DEPTH",
@@ -288,26 +291,41 @@ class Session:
         end = yield from opened
         rounds = 0
         while self._tools and end.reason == "eos" and end.tool_call is not None:
+            if self._was_stopped():
+                return
             rounds += 1
             is_last = rounds > self.max_tool_rounds
-            result = refuse_call(self.max_tool_rounds) if is_last else self._run(end.tool_call)
+            refused = refuse_call(self.max_tool_rounds)
+            result = refused if is_last else run_tool(self._tools, end.tool_call)
+            if not self._fits(result.text, options):
+                # In as few words as can be: a long message would not fit either.
+                result = ToolResult(result.name, "error: the result is too long", failed=True)
             yield result
-            if self._stopping:
+            if self._was_stopped():
+                return
+            if not self._fits(result.text, options):
+                logger.warning(
+                    "max_seq_len=%s leaves no room for an answer to a tool's result, however "
+                    "short: the turn ends after the call",
+                    self.max_seq_len,
+                )
                 return
             given = {"tool_use": result.text}
             # The last interaction cannot call again, so there is an end.
             end = yield from self._open_turn(given, options, tool_calls=not is_last)
 
-    def _run(self, call: str) -> ToolResult:
-        """Run a tool; a result that leaves no room for an answer is an error for the model."""
-        result = run_tool(self._tools, call)
-        form = self.model.answer_form(self.thinking_mode)
+    def _was_stopped(self) -> bool:
+        # Changes while events are read: :meth:`stop` is called by others.
+        return self._stopping
+
+    def _fits(self, result: str, options: _TurnOptions) -> bool:
+        """Return whether a tool's result leaves room for an answer."""
+        form = self.model.answer_form(options.thinking_mode)
         try:
-            checked_prompt(self.model, {"tool_use": result.text}, form, self.max_seq_len)
+            checked_prompt(self.model, {"tool_use": result}, form, self.max_seq_len)
         except UserError:
-            # In as few words as can be: a long message would not fit either.
-            return ToolResult(result.name, "error: the result is too long", failed=True)
-        return result
+            return False
+        return True
 
     def _open_turn(
         self, given: Mapping[str, str | None], options: _TurnOptions, tool_calls: bool = True
@@ -365,7 +383,8 @@ class Session:
             kept = len(self._history)
             raise UserError(
                 f"cannot take back {num_turns} of {len(self._turns)} turns: the session keeps the "
-                f"memory before the last {kept} (undo_depth={self.undo_depth})."
+                f"memory before the last {kept} (undo_depth={self.undo_depth}); a session with a "
+                "larger undo_depth keeps more."
             )
         self._held.replace(self._history[-num_turns])
         taken = self._turns[-num_turns:]
@@ -436,4 +455,8 @@ class Session:
         )
         self._turns = (*self._turns, turn)
         history = (*self._history, written.before)
-        self._history = history[max(0, len(history) - self.undo_depth) :]
+        depth = self.undo_depth
+        if depth and self._tools:
+            # A query is taken back with all interactions of its tools.
+            depth = max(depth, self.max_tool_rounds + 2)
+        self._history = history[max(0, len(history) - depth) :]

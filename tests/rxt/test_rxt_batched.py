@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rxlm.errors import UserError
 from rxlm.ops.sampling import GREEDY, SamplingSettings
+from rxlm.rxt.batch_rows import seeds_of_rows
 from rxlm.rxt.conversation import ConversationState
 from rxlm.rxt.models import RxTAlpha
 
@@ -144,6 +145,29 @@ def test_other_neighbours_change_no_sample(model: RxTAlpha) -> None:
     options = {**DRAWN, "temperature": [2.0, 1.3, 0.0]}
     again = [step[1] for step in talk(model, TEXTS, **options) if step[1] > 0]
     assert first == again
+
+
+@pytest.mark.parametrize("seed", [range(5, 8), torch.tensor([5, 6, 7]), torch.tensor(5), [5, 6, 7]])
+def test_seeds_of_any_kind_of_sequence(seed: Any) -> None:
+    """Catches a range or a tensor that ends in an assertion."""
+    assert seeds_of_rows(seed, 3) == [5, 6, 7]
+
+
+@pytest.mark.parametrize("seed", [3.0, "3", [1.5, 2, 3]])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    """Catches 1.5 taken for 1, and an assertion in place of a message."""
+    with pytest.raises(UserError, match="expected a whole number"):
+        seeds_of_rows(seed, 3)
+
+
+def test_what_is_exported_can_be_loaded_after_a_conversion(make_model: ModelBuilder) -> None:
+    """Catches a held memory of the type before, which the model itself refuses."""
+    model = make_model()
+    list(model.interact(**model.tokenize_query("Hello"), temperature=0))
+    model.to(torch.bfloat16)
+    model.load_stm_state(model.export_stm_state())
+    model.set_batch_mode(True, state=model.export_conversation().repeat(2))
+    assert model.export_stm_state().dtype == torch.bfloat16
 
 
 def test_one_seed_gives_each_row_its_own_stream(model: RxTAlpha) -> None:

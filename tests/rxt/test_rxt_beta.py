@@ -11,6 +11,7 @@ import torch
 import rxlm
 from rxlm.errors import UserError
 from rxlm.ops.sampling import SamplingSettings
+from rxlm.rxt.beta import MAX_SEQ_LEN
 from rxlm.rxt.models import RxTAlpha, RxTBeta
 from rxlm.tokenization import RICH_TEMPLATE, Tokenizer, encode_system
 
@@ -88,6 +89,20 @@ def test_modes_in_a_batch_equal_those_alone(model: RxTBeta) -> None:
             assert alone.answers[0] == together[row]
 
 
+def test_a_batch_is_cut_where_single_answers_are(model: RxTBeta) -> None:
+    """Batches that take another default length than interact() and tokenize_batch() do."""
+    assert model.turn_length == MAX_SEQ_LEN
+    model.reset_stm_state()
+    query = model.tokenize_query("Hello")
+    alone = [token for token in model.interact(**query, seed=3, thinking_mode="fast") if token >= 0]
+    model.set_batch_mode(True, batch_size=2)
+    rows = model.tokenize_batch([None, "Hello"])
+    found = model.batch_interactions(**rows, seed=[None, 3])
+    assert found.ids[1][found.mask[1]].tolist() == alone[: int(found.mask[1].sum())]
+    assert len(alone) == int(found.mask[1].sum())
+    model.set_batch_mode(False)
+
+
 def test_a_turn_without_an_end_still_fits(model: RxTBeta) -> None:
     """An opening that the model chooses and for which there is no place left."""
     for mode in ("fast", "extended", "auto"):
@@ -137,6 +152,9 @@ def test_the_system_prompt_is_in_memory(model: RxTBeta) -> None:
     wanted = model.update_memory(model.new_conversation(), [ids]).slots
     assert torch.equal(model.export_stm_state(), wanted)
     assert torch.equal(model.new_conversation(system="Hello").slots, wanted)
+    list(model.interact(**model.tokenize_query("Hello"), seed=42))
+    model.init_model("Hello")
+    assert model.export_conversation().seeds == (0,)
     model.init_model()
     assert torch.equal(model.export_stm_state(), model.new_conversation().slots)
 

@@ -22,7 +22,7 @@ from rxlm.rxt.session import (
     TurnEnd,
 )
 from rxlm.rxt.tools import run_tool
-from rxlm.tokenization import Tokenizer, render_parts
+from rxlm.tokenization import Tokenizer, encode_given, render_parts
 
 CALL = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
 Script = Callable[..., RxTBeta]
@@ -211,3 +211,39 @@ def test_mistakes_are_named(scripted: Script, make_model: Any) -> None:
     alpha = make_model().session()
     with pytest.raises(UserError, match="no part 'tool_use'"):
         alpha.tool_result("3")
+
+
+def test_a_call_is_not_run_once_the_reader_has_said_stop(scripted: Script) -> None:
+    """A tool, with all that it does, that runs after stop() at the end of the turn."""
+    session = scripted({"tool_call": CALL}).session(tools={"add": boom}, thinking_mode="fast")
+    events = []
+    for event in session.interact("Hi"):
+        events.append(event)
+        if isinstance(event, TurnEnd):
+            session.stop()
+    assert ends(events)[0].reason == "eos" and results(events) == []
+
+
+def test_a_turn_ends_where_no_result_fits(
+    scripted: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error out of the middle of the events, after the turn was said to fit."""
+    short_call = '{"name": "add"}'
+    session = scripted({"tool_call": short_call}).session(tools={"add": add})
+    tokenizer = session.model.require_tokenizer()
+    # Room for the query, and for no result at all.
+    short = len(encode_given(tokenizer, {"tool_use": "error: the result is too long"}))
+    session.max_seq_len = short
+    events = list(session.interact("Hi"))
+    assert results(events)[0].failed and len(ends(events)) == 1
+    assert "leaves no room" in caplog.text
+
+
+def test_retry_takes_back_all_interactions_of_a_query(scripted: Script) -> None:
+    """A query with more calls than turns that can be taken back by default."""
+    model = scripted(*[{"tool_call": CALL}] * 10, {"answer": "3"}, {"answer": "three"})
+    session = model.session(tools={"add": add}, max_tool_rounds=10)
+    session.ask("1 + 2?")
+    assert len(session.turns) == 11
+    assert ends(list(session.retry()))[0].answer == "three"
+    assert [turn.query for turn in session.turns] == ["1 + 2?"]
