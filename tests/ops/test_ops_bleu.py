@@ -133,6 +133,15 @@ def test_a_perfect_answer_has_one_and_an_empty_one_has_zero() -> None:
     assert sentence_bleu(ids, ids, mask).tolist() == [1.0, 0.0]
 
 
+def test_of_two_references_as_near_the_shorter_one_counts() -> None:
+    """Catches the longer one: it would make the candidate look too short."""
+    candidate, shorter, longer = [1, 2, 3, 4, 5], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6]
+    references, mask = placed([[longer, shorter]], [0], 6)
+    score = sentence_bleu(torch.tensor([candidate]), references, reference_mask=mask)
+    assert float(score) == 1.0
+    assert nltk_sentence([longer, shorter], candidate, "none") == pytest.approx(1.0)
+
+
 def test_what_stands_at_padding_is_no_token() -> None:
     """Catches the -100 of masked labels being refused, or counted."""
     ids = torch.tensor([[1, 2, 3, 4, 5]])

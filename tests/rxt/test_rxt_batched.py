@@ -179,6 +179,11 @@ def test_one_seed_gives_each_row_its_own_stream(model: RxTAlpha) -> None:
     later = model.export_conversation()
     assert later.seeds == (40, 41, 42)
     assert all(new > old for new, old in zip(later.draws, state.draws, strict=True))
+    # A new seed starts its stream at the beginning, whatever was drawn before.
+    said = model.batch_interactions(
+        **model.tokenize_batch(["Hello"] * 3), seed=40, temperature=1.5, max_seq_len=60
+    )
+    assert list(model.export_conversation().draws) == said.mask.sum(dim=1).tolist()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -89,6 +89,18 @@ def test_modes_in_a_batch_equal_those_alone(model: RxTBeta) -> None:
             assert alone.answers[0] == together[row]
 
 
+def test_without_tool_calls_none_can_be_chosen(model: RxTBeta) -> None:
+    """A last interaction that calls again after all, with nobody to answer."""
+    call = model.config.tokenizer.tool_call_token_id
+    assert call is not None
+    logits = torch.zeros(1, model.config.decoder.vocab_size)
+    logits[0, call] = 100.0
+    for tool_calls in (True, False):
+        form = model.answer_form("fast", tool_calls)
+        scores = form.restrict(logits, [form.answer_id])
+        assert (int(scores.argmax()) == call) is tool_calls
+
+
 def test_a_batch_is_cut_where_single_answers_are(model: RxTBeta) -> None:
     """Batches that take another default length than interact() and tokenize_batch() do."""
     assert model.turn_length == MAX_SEQ_LEN

@@ -166,6 +166,17 @@ def test_a_conversation_that_was_replaced_is_not_written_to(model: RxTAlpha) -> 
     assert model.export_conversation().num_turns == (0,)
 
 
+def test_a_seed_starts_its_stream_at_the_beginning(model: RxTAlpha) -> None:
+    """Catches a new seed whose draws are counted from where the old stream was."""
+    for _ in range(2):
+        said = [
+            token
+            for token in model.interact(**model.tokenize_query("Hello"), seed=5, max_seq_len=60)
+            if token >= 0
+        ]
+        assert model.export_conversation().draws == (len(said),)
+
+
 def test_a_seed_makes_an_answer_repeatable(model: RxTAlpha) -> None:
     """Catches draws from the global generator, and a seed that is ignored."""
     answers = []

@@ -67,6 +67,15 @@ def interrupt_at(step: int, number: signal.Signals = signal.SIGTERM) -> Any:
     return lambda now: signal.raise_signal(number) if now == step else None
 
 
+def resumed(toy: ModuleType, **values: Any) -> tuple[Any, list[int]]:
+    """Return an objective and the list in which its steps will stand: a run that began anew would
+    end like the uninterrupted one, too."""
+    objective = make(toy, **values)
+    steps: list[int] = []
+    objective.on_step = steps.append
+    return objective, steps
+
+
 @pytest.mark.parametrize("prefetch", [0, 3])
 def test_six_steps_equal_three_and_three(toy: ModuleType, tmp_path: Path, prefetch: int) -> None:
     """Catches anything that resuming forgets: moments, dropout, data, curriculum, log window."""
@@ -80,7 +89,9 @@ def test_six_steps_equal_three_and_three(toy: ModuleType, tmp_path: Path, prefet
     assert status is not None
     assert status.status == "interrupted"
     random.random(), np.random.rand(), torch.rand(1)  # another process, another state
-    second = toy.train(make(toy), tmp_path / "parts", **settings)
+    objective, steps = resumed(toy)
+    second = toy.train(objective, tmp_path / "parts", **settings)
+    assert steps == [3, 4, 5]
     assert (second.status, second.step, second.signal) == ("complete", 6, None)
     assert second.metrics == whole.metrics
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -102,7 +113,9 @@ def test_a_crash_costs_only_the_steps_since_the_checkpoint(toy: ModuleType, tmp_
     assert [record["step"] for record in lines(tmp_path / "parts")] == [2, 2, 4, 4]
     with (tmp_path / "parts/metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
-    toy.train(make(toy), tmp_path / "parts", save_every=3, keep_best=0, **SETTINGS)
+    objective, steps = resumed(toy)
+    toy.train(objective, tmp_path / "parts", save_every=3, keep_best=0, **SETTINGS)
+    assert steps == [3, 4, 5]
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -141,8 +154,13 @@ def test_sigterm_in_another_process(toy: ModuleType, tmp_path: Path) -> None:
     assert status is not None
     assert status.status == "interrupted"
     assert status.step >= 4
+    (newest,) = list_checkpoints(folder)
+    assert newest.step == status.step, "saved when it was stopped"
     settings = {"steps": status.step + 3, "schedule": "constant", "log_every": 2}
-    toy.train(toy.ToyObjective(), folder, **settings)
+    objective, steps = toy.ToyObjective(), []
+    objective.on_step = steps.append
+    toy.train(objective, folder, **settings)
+    assert steps == [status.step, status.step + 1, status.step + 2]
     toy.train(toy.ToyObjective(), tmp_path / "whole", **settings)
     assert_same_run(tmp_path / "whole", folder)
 
