@@ -38,6 +38,8 @@ class RecordSource(Protocol):
     """For messages."""
     num_parts: int
     """How many parts there are, at least one."""
+    contents: Sequence[str]
+    """What is read, line by line: other lines mean that a position is that of other records."""
 
     def read(self, part: int, place: Place) -> Iterator[Record]:
         """Yield the records of a part from ``place`` on; ``value`` of a good one is its text."""
@@ -56,6 +58,8 @@ class FileRecords:
         self.files, self.max_bytes = list(files), max_bytes
         self.name = ", ".join(map(str, self.files[:3])) + (", ..." if len(self.files) > 3 else "")
         self.num_parts = len(self.files)
+        # Without their folders: data that was moved is the same.
+        self.contents = [f"{file.name} ({file.stat().st_size} bytes)" for file in self.files]
 
     def read(self, part: int, place: Place) -> Iterator[Record]:
         """Yield the documents of a file from ``place`` on."""

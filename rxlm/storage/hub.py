@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rxlm.errors import RunError, UserError
 from rxlm.storage.model_folder import CHECKPOINTS, COMPLETE, resolve_model_dir
@@ -72,7 +72,7 @@ def download_model(repo_id: str, revision: str | None = None, token: str | None 
     chosen = written or revision
     hub = _hugging_face_hub()
     wanted = f"{HUB_PREFIX}{name}" + (f"@{chosen}" if chosen else "")
-    with _explained(hub, f"{wanted} could not be downloaded"):
+    with _explained(hub, f"{wanted} could not be downloaded", "read"):
         return Path(hub.snapshot_download(name, revision=chosen, token=token))
 
 
@@ -139,7 +139,7 @@ def _upload(
 ) -> str:
     hub = _hugging_face_hub()
     name = repo_id.removeprefix(HUB_PREFIX)
-    with _explained(hub, f"the model could not be uploaded to {HUB_PREFIX}{name}"):
+    with _explained(hub, f"the model could not be uploaded to {HUB_PREFIX}{name}", "write"):
         api = hub.HfApi(token=token)
         # Asked first: without a token the Hub would say only that there is no such repository.
         if token is None and hub.get_token() is None:
@@ -172,8 +172,8 @@ def _hugging_face_hub() -> Any:
 
 
 @contextlib.contextmanager
-def _explained(hub: Any, failure: str) -> Iterator[None]:
-    """Turn what the client raises into a message with a remedy."""
+def _explained(hub: Any, failure: str, right: Literal["read", "write"]) -> Iterator[None]:
+    """Turn what the client raises into a message with a remedy; ``right`` is what a token must allow."""
     errors = importlib.import_module("huggingface_hub.errors")
     try:
         yield
@@ -202,7 +202,7 @@ def _explained(hub: Any, failure: str) -> Iterator[None]:
         if status in (401, 403):
             raise UserError(
                 f"{failure}: the token is not valid or may not do this (status {status}): make "
-                "one that may write on https://huggingface.co/settings/tokens."
+                f"one that may {right} it on https://huggingface.co/settings/tokens."
             ) from error
         raise RunError(f"{failure}: {error}") from error
     except _connection_errors() as error:
