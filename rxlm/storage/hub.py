@@ -173,7 +173,10 @@ def _hugging_face_hub() -> Any:
 
 @contextlib.contextmanager
 def _explained(hub: Any, failure: str, right: Literal["read", "write"]) -> Iterator[None]:
-    """Turn what the client raises into a message with a remedy; ``right`` is what a token must allow."""
+    """Turn what the client raises into a message with a remedy.
+
+    ``right`` is what a token has to allow.
+    """
     errors = importlib.import_module("huggingface_hub.errors")
     try:
         yield
