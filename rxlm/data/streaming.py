@@ -38,7 +38,7 @@ class RecordSource(Protocol):
     """For messages."""
     num_parts: int
     """How many parts there are, at least one."""
-    contents: Sequence[str]
+    contents: list[str]
     """What is read, line by line: other lines mean that a position is that of other records."""
 
     def read(self, part: int, place: Place) -> Iterator[Record]:
@@ -52,6 +52,9 @@ class FileRecords:
     Args:
         files: at least one.
         max_bytes: longest record; a longer one is bad.
+
+    Raises:
+        UserError: for a file that cannot be looked at.
     """
 
     def __init__(self, files: Sequence[Path], max_bytes: int = MAX_RECORD_BYTES) -> None:
@@ -59,7 +62,7 @@ class FileRecords:
         self.name = ", ".join(map(str, self.files[:3])) + (", ..." if len(self.files) > 3 else "")
         self.num_parts = len(self.files)
         # Without their folders: data that was moved is the same.
-        self.contents = [f"{file.name} ({file.stat().st_size} bytes)" for file in self.files]
+        self.contents = [f"{file.name} ({_size(file)} bytes)" for file in self.files]
 
     def read(self, part: int, place: Place) -> Iterator[Record]:
         """Yield the documents of a file from ``place`` on."""
@@ -68,6 +71,13 @@ class FileRecords:
         for record in read_records(file, place, max_bytes=self.max_bytes):
             text, problem = parse_record(record, parse)
             yield record._replace(value=text, problem=problem)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}).") from error
 
 
 class BlockPosition(NamedTuple):
