@@ -197,19 +197,26 @@ def _explained(hub: Any, failure: str, right: Literal["read", "write"]) -> Itera
             "with `hf auth login` (or pass token=...) if it is private."
         ) from error
     except errors.LocalEntryNotFoundError as error:
+        # The client says so of a refused download, too, since it then looks into its cache.
+        _check_not_refused(error.__cause__, failure, right)
         raise RunError(
             f"{failure}: no connection, and nothing of it is cached ({error})"
         ) from error
     except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
-            raise UserError(
-                f"{failure}: the token is not valid or may not do this (status {status}): make "
-                f"one that may {right} it on https://huggingface.co/settings/tokens."
-            ) from error
+        _check_not_refused(error, failure, right)
         raise RunError(f"{failure}: {error}") from error
     except _connection_errors() as error:
         raise RunError(f"{failure}: {error}") from error
+
+
+def _check_not_refused(error: BaseException | None, failure: str, right: str) -> None:
+    """Raise ``UserError`` if ``error`` is the Hub's answer that this token may not do this."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        raise UserError(
+            f"{failure}: the token is not valid or may not do this (status {status}): make one "
+            f"that may {right} it on https://huggingface.co/settings/tokens."
+        ) from error
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:
