@@ -29,8 +29,8 @@ TOKEN = "hf_" + "a" * 34
 
 class Hub:
     """Repositories by name: their files, and whether they are private. ``messages`` are those of
-    commits, ``heads`` what the YAML of uploaded cards says, ``refused`` is the status of every reply
-    if it is set."""
+    commits, ``heads`` what the YAML of uploaded cards says, ``refused`` the status of all replies
+    (None: none is refused)."""
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {}
