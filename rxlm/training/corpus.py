@@ -182,6 +182,11 @@ def _open_store(
     }
     documents: Callable[[DataSummary], Iterable[str]]
     if is_dataset(text):
+        if cache.resolve().is_relative_to(Path(text).resolve()):
+            raise UserError(
+                f"data.token_cache={cache} lies in the data set {text}, all of whose files tell "
+                "its content. Give a folder outside."
+            )
         is_shared = True
         options |= {"split": data.text_split, "field": data.text_field}
         documents = partial(

@@ -169,3 +169,6 @@ def test_a_limit_counts_texts(package: Any, tmp_path: Path, tiny_tokenizer: Toke
     assert held[0] == mapped[0] == ["a1", "b2", "c3", "d4"]
     assert len(list(iter_texts(data, "train", DataSummary()))) == 2
     assert load_dataset_texts(str(tmp_path), "skip", limit=2) == ["a1", "b2"]
+    inside = data.model_copy(update={"token_cache": str(tmp_path / "cache")})
+    with pytest.raises(UserError, match=r"lies in the data set.*Give a folder outside"):
+        open_rows(inside, "train", RowSettings(tiny_tokenizer, 64))
