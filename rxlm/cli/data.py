@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from rxlm.cli import console
 from rxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from rxlm.data.conversations import Conversation
+
+_ROW_LENGTH = 1024
 
 DataPath = Annotated[
     str,
@@ -25,7 +30,9 @@ TokenizerFolder = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 MaxBytes = Annotated[
     int | None,
-    typer.Option("--max-record-bytes", help="Longest record; default as in recipes (64 MiB)."),
+    typer.Option(
+        "--max-record-bytes", min=1, help="Longest record; default as in recipes (64 MiB)."
+    ),
 ]
 
 
@@ -43,8 +50,9 @@ def inspect(
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Records to show.")] = 3,
     tokenizer: TokenizerFolder = None,
     length: Annotated[
-        int, typer.Option(min=3, help="Tokens of a row of text, with a tokenizer.")
-    ] = 1024,
+        int | None,
+        typer.Option(min=3, help="Tokens of a row of text (with a tokenizer); default 1024."),
+    ] = None,
     packing: Annotated[
         bool, typer.Option("--packing", help="Show packed rows of text (with a tokenizer).")
     ] = False,
@@ -53,8 +61,10 @@ def inspect(
 ) -> None:
     """Print the first records as the model sees them.
 
-    Dialogues: each turn with its special tokens; what is learned is what follows [A]. Text: rows
-    of tokens. Bad records are shown with their problem.
+    Dialogues: each turn with its special tokens, in the form of the tokenizer; what is learned
+    begins with [A], or with [T] where the model thinks first. A turn with parts that the form has
+    not is refused here as in training. Text: rows of tokens. Bad records are shown with their
+    problem.
 
     Example: rxlm data inspect my.train.jsonl --tokenizer runs/nano
     """
@@ -106,14 +116,16 @@ def check(
     show: Annotated[int, typer.Option(min=0, help="Problems and notes to print.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Name every record that cannot be used, by file and line; exit status 2 if there is one.
+    """Name every record that cannot be used, by file and line, and every file without a usable one;
+    exit status 2 if there is one.
 
     Example: rxlm data check my.train.jsonl
     """
     from rxlm.data.checking import check_files
     from rxlm.data.records import MAX_RECORD_BYTES
 
-    report = check_files(data, _kind(kind), max_bytes=max_record_bytes or MAX_RECORD_BYTES)
+    max_bytes = MAX_RECORD_BYTES if max_record_bytes is None else max_record_bytes
+    report = check_files(data, _kind(kind), max_bytes=max_bytes)
     if as_json:
         console.print_json(
             {
@@ -122,12 +134,18 @@ def check(
                 "records": report.num_records,
                 "bad_records": len(report.problems),
                 "problems": report.problems,
+                "unusable_files": report.unusable_files,
                 "notes": report.notes,
             }
         )
     else:
         out = console.results()
-        for title, lines in (("bad", report.problems), ("note", report.notes)):
+        found = (
+            ("bad", report.problems),
+            ("bad file", report.unusable_files),
+            ("note", report.notes),
+        )
+        for title, lines in found:
             for line in lines[:show]:
                 out.out(f"{title}: {line}", highlight=False)
             if len(lines) > show:
@@ -145,7 +163,7 @@ def inspected(
     data: str,
     count: int,
     tokenizer: Path | None,
-    length: int,
+    length: int | None,
     packing: bool,
     kind: Literal["dialogues", "text"] | None,
 ) -> list[dict[str, Any]]:
@@ -155,49 +173,70 @@ def inspected(
     from rxlm.data.checking import read_checked
     from rxlm.data.conversations import Conversation
 
+    if tokenizer is None and (packing or length is not None):
+        name = "--packing" if packing else f"--length {length}"
+        raise UserError(f"{name}: rows of tokens need a tokenizer. Give --tokenizer.")
+    length = _ROW_LENGTH if length is None else length
     records = list(itertools.islice(read_checked(data, kind), count))
-    if packing:
-        if tokenizer is None:
-            raise UserError("--packing shows rows of tokens: give --tokenizer.")
-        texts = [item.value for item in records if isinstance(item.value, str)]
-        return [
-            {"where": f"packed row {number}", "rows": row}
-            for number, row in enumerate(_packed(texts, _load_tokenizer(tokenizer), length), 1)
-        ]
     loaded = None if tokenizer is None else _load_tokenizer(tokenizer)
-    shown = []
+    shown: list[dict[str, Any]] = []
+    if packing:
+        dialogue = next((item for item in records if isinstance(item.value, Conversation)), None)
+        if dialogue is not None:
+            raise UserError(
+                f"--packing: {dialogue.where} is a dialogue, and dialogues are not packed. Leave "
+                "--packing out, or add --kind text to read them as text."
+            )
+        shown += [
+            {"where": item.where, "problem": item.problem} for item in records if item.problem
+        ]
+        texts = [item.value for item in records if isinstance(item.value, str)]
+        packed = _packed(texts, loaded, length) if texts else []
+        return shown + [
+            {"where": f"packed row {number}", "rows": row} for number, row in enumerate(packed, 1)
+        ]
     for item in records:
         row: dict[str, Any] = {"where": item.where}
         if item.problem is not None:
             row["problem"] = item.problem
         elif isinstance(item.value, Conversation):
-            row["rows"] = _conversation_rows(item.value, loaded)
+            try:
+                row["rows"] = _conversation_rows(item.value, loaded)
+            except UserError as error:
+                row["problem"] = f"{item.where}: {error}"
         elif item.value is not None:
             row["rows"] = _text_rows([item.value], loaded, length)
         shown.append(row)
     return shown
 
 
-def _conversation_rows(conversation: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    from rxlm.tokenization.special import SpecialTokens
-    from rxlm.tokenization.template import encode_interaction, encode_system
+def _conversation_rows(conversation: Conversation, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return the system text and the turns as rows.
 
-    if tokenizer is None:
-        mark = SpecialTokens()
-        plain = (
-            []
-            if not conversation.system
-            else [{"text": f"{mark.bos}{mark.internal}{conversation.system}{mark.eos}"}]
-        )
-        return plain + [
-            {"text": f"{mark.bos}{mark.query}{turn.query}{mark.answer}{turn.answer}{mark.eos}"}
-            for turn in conversation.interactions
-        ]
+    Raises:
+        UserError: for a turn with parts that the tokenizer's template has not, as in training.
+    """
+    from rxlm.tokenization.chat_format import render_text
+    from rxlm.tokenization.interaction import RICH_TEMPLATE
+    from rxlm.tokenization.special import SpecialTokens
+    from rxlm.tokenization.template import encode_system, render_parts
+
+    mark = SpecialTokens()
     rows: list[dict[str, Any]] = []
-    if conversation.system:
+    if conversation.system and tokenizer is None:
+        rows.append({"text": f"{mark.bos}{mark.internal}{conversation.system}{mark.eos}"})
+    elif conversation.system:
         rows.append(_row(encode_system(tokenizer, conversation.system), tokenizer))
-    for turn in conversation.interactions:
-        encoded = encode_interaction(tokenizer, turn.query, turn.answer)
+    for number, turn in enumerate(conversation.interactions, start=1):
+        if tokenizer is None:
+            rows.append({"text": render_text(turn.parts(), RICH_TEMPLATE)})
+            continue
+        try:
+            encoded = render_parts(tokenizer, turn.parts()).turn
+        except UserError as error:
+            raise UserError(
+                f"turn {number} of conversation '{conversation.id}': {error}"
+            ) from error
         rows.append({**_row(encoded.ids, tokenizer), "answer_start": encoded.answer_start})
     return rows
 
@@ -246,11 +285,13 @@ def _kind(given: str) -> Literal["dialogues", "text"] | None:
 
 
 def _print_counts(counts: dict[str, Any]) -> None:
+    from rxlm.data.counting import LENGTHS
+
     out = console.results()
     for name in ("records", "bad_records", "conversations", "documents", "total", "characters"):
         unit = f" {counts['unit']}" if name == "total" else ""
         out.out(f"{name:14} {counts[name]:,}{unit}", highlight=False)
-    names = [name for name in ("turns", "query", "answer", "document") if name in counts]
+    names = [name for name in LENGTHS if name in counts]
     if names:
         columns = list(counts[names[0]])
         out.out(" " * 15 + "".join(f"{column:>9}" for column in columns), highlight=False)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from rxlm.data.conversations import Conversation
 from rxlm.data.files import TEXT_SUFFIXES, resolve_files
 from rxlm.data.records import MAX_RECORD_BYTES, read_records
-from rxlm.data.sources import parse_conversation, parse_record, text_parser
+from rxlm.data.sources import parse_conversation, parse_record, text_parser, turns_of_row
 
 DataKind = Literal["dialogues", "text"]
 
@@ -29,6 +29,8 @@ class Checked(NamedTuple):
     where: str
     value: Conversation | str | None
     problem: str | None
+    turns: tuple[str, ...] = ()
+    """Which field each turn of a conversation was read from."""
 
 
 @dataclass
@@ -40,17 +42,19 @@ class CheckReport:
         num_records: all of them.
         problems: of records that cannot be used, as complete messages; each begins with the place.
         notes: what is odd, but can be used: ids that occur again, turns without a query.
+        unusable_files: messages of files without any usable record, which training refuses.
     """
 
     kinds: dict[str, DataKind] = field(default_factory=dict)
     num_records: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unusable_files: list[str] = field(default_factory=list)
 
     @property
     def is_good(self) -> bool:
-        """Whether every record can be used, and there is one."""
-        return not self.problems and self.num_records > 0
+        """Whether every record can be used, and there is one in each file."""
+        return not self.problems and not self.unusable_files and self.num_records > 0
 
 
 def data_kind(file: Path) -> DataKind:
@@ -94,7 +98,10 @@ def read_checked(
         for record in read_records(file, max_bytes=max_bytes):
             value: Conversation | str | None
             value, problem = parse_record(record, parse)
-            yield Checked(file, record.where, value, problem)
+            turns: tuple[str, ...] = ()
+            if isinstance(value, Conversation):
+                turns = tuple(name for name, _ in turns_of_row(record.value))
+            yield Checked(file, record.where, value, problem, turns)
 
 
 def check_files(
@@ -106,22 +113,32 @@ def check_files(
     """Read all files and return what cannot be used; see :func:`read_checked`."""
     report = CheckReport()
     seen: dict[int, str] = {}
+    usable: set[str] = set()
     for item in read_checked(path, kind, max_bytes=max_bytes, kinds=report.kinds):
         report.num_records += 1
         if item.problem is not None:
             report.problems.append(item.problem)
-        elif isinstance(item.value, Conversation):
-            report.notes += _notes(item.value, item.where, seen)
+            continue
+        usable.add(str(item.file))
+        if isinstance(item.value, Conversation):
+            report.notes += _notes(item.value, item, seen)
+    report.unusable_files += [
+        f"{file}: holds no usable record, which training refuses. Remove the file, or fill it."
+        for file in report.kinds
+        if file not in usable
+    ]
     return report
 
 
-def _notes(conversation: Conversation, where: str, seen: dict[int, str]) -> Iterator[str]:
+def _notes(conversation: Conversation, item: Checked, seen: dict[int, str]) -> Iterator[str]:
+    where = item.where
     if conversation.id:
         # Hashes instead of ids: a file may hold millions.
         key = hash(conversation.id)
         if key in seen:
             yield f"{where}: the id {conversation.id!r} was used before, at {seen[key]}"
         seen.setdefault(key, where)
-    for turn, interaction in enumerate(conversation.interactions):
-        if not interaction.query.strip():
-            yield f"{where}: field 'interactions[{turn}].query' is empty (read as silence)"
+    for name, interaction in zip(item.turns, conversation.interactions, strict=True):
+        # A tool's result stands in place of the query.
+        if interaction.tool_use is None and not interaction.query.strip():
+            yield f"{where}: field '{name}.query' is empty (read as silence)"

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from rxlm.data.checking import Checked
-from rxlm.data.conversations import Conversation
+from rxlm.data.conversations import OPTIONAL_PARTS, Conversation
 
+LENGTHS = ("turns", "query", "answer", *OPTIONAL_PARTS, "document")
+"""What percentiles are given of, where it occurs."""
 PERCENTILES = (0, 10, 50, 90, 99, 100)
 _TEXTS_AT_ONCE = 500
 
@@ -32,10 +34,11 @@ def count_records(
     Returns:
         ``records``, ``bad_records``, ``conversations``, ``documents``, ``unit`` of lengths
         (``tokens`` or ``characters``), ``total`` length, ``characters``; percentiles ``turns`` (of
-        a conversation), ``query``, ``answer`` and ``document`` (lengths); with ``encode`` also
+        a conversation), of the lengths of each part of a turn that occurs (``query``, ``answer``,
+        ``think``, ...) and of a ``document``; with ``encode`` also
         ``vocabulary``: ids that occur, of how many, and characters a token.
     """
-    lengths = {name: array("I") for name in ("turns", "query", "answer", "document")}
+    lengths = {name: array("I") for name in LENGTHS}
     counter = _Counter(encode, vocab_size, lengths)
     counts = {"records": 0, "bad_records": 0, "conversations": 0, "documents": 0}
     for record in records:
@@ -45,8 +48,8 @@ def count_records(
             lengths["turns"].append(len(record.value))
             counter.add("system", record.value.system or "")
             for interaction in record.value.interactions:
-                counter.add("query", interaction.query)
-                counter.add("answer", interaction.answer)
+                for name, text in interaction.parts().items():
+                    counter.add(name, text)
         elif record.value is not None:
             counts["documents"] += 1
             counter.add("document", record.value)

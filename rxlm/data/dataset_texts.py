@@ -1,8 +1,9 @@
 """Texts of Hugging Face data sets: by name on the Hub, or a folder that `save_to_disk` wrote.
 
 `hf://allenai/c4/en` is the data set `allenai/c4`, configuration `en`. It is streamed: only what is
-read is downloaded. Needs the package `datasets` (`pip install 'reactive-lm[data]'`). Not here:
-plain files (``sources``).
+read is downloaded. Needs the package `datasets` (`pip install 'reactive-lm[data]'`). A row without
+text ('' or spaces) is left out and not counted; one whose field holds anything else (null, a
+number) is a bad record. Not here: plain files (``sources``).
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rxlm.data.records import Place, Record
+from rxlm.data.interaction_rows import shown
+from rxlm.data.records import DataSummary, OnBadRecord, Place, Record
+from rxlm.data.sources import check_on_bad_record
 from rxlm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -28,37 +31,80 @@ def is_dataset(path: str) -> bool:
 
 
 def load_dataset_texts(
-    path: str, *, split: str = "train", field: str = "text", limit: int | None = None
+    path: str,
+    on_bad_record: OnBadRecord = "fail",
+    *,
+    split: str = "train",
+    field: str = "text",
+    limit: int | None = None,
+    summary: DataSummary | None = None,
 ) -> list[str]:
     """Return the texts of a split, those without any text left out.
 
     Args:
         path: see :func:`is_dataset`.
+        on_bad_record: ``'fail'``, or ``'skip'`` to leave rows out whose field holds no text but
+            null or something else, count and log them.
         split: such as ``train``.
         field: the column that holds the text.
         limit: at most so many texts, the first ones; None: all.
+        summary: counts what is read and skipped, if given.
 
     Raises:
         UserError: if `datasets` is missing, the data set cannot be had (no network, no such name,
-            split or column), or holds no text.
+            split or column), holds no text, or (``'fail'``) a bad row.
     """
-    texts = list(iter_dataset_texts(path, split=split, field=field, limit=limit))
+    counted = DataSummary()
+    found = iter_dataset_texts(path, on_bad_record, counted, split=split, field=field, limit=limit)
+    texts = list(found)
     logger.info("%s (split %s): %d texts", path, split, len(texts))
+    if counted.num_bad:
+        logger.warning(
+            "%s (split %s): skipped %d of %d rows. The first: %s",
+            path,
+            split,
+            counted.num_bad,
+            counted.num_records,
+            counted.problems[0],
+        )
+    if summary is not None:
+        summary.add(counted.num_records, counted.num_bad, counted.problems)
     return texts
 
 
 def iter_dataset_texts(
-    path: str, *, split: str = "train", field: str = "text", limit: int | None = None
+    path: str,
+    on_bad_record: OnBadRecord = "fail",
+    summary: DataSummary | None = None,
+    *,
+    split: str = "train",
+    field: str = "text",
+    limit: int | None = None,
 ) -> Iterator[str]:
     """Yield what :func:`load_dataset_texts` returns, without holding it."""
-    found = False
-    for row in itertools.islice(_rows(path, split), limit):
-        text = _text_of(row, path, field)
-        if text.strip():
+    check_on_bad_record(on_bad_record)
+    # Cut only here: what is left out never counts.
+    return itertools.islice(_texts(path, on_bad_record, summary, split, field), limit)
+
+
+def _texts(
+    path: str, on_bad_record: OnBadRecord, summary: DataSummary | None, split: str, field: str
+) -> Iterator[str]:
+    found, problem = False, None
+    for record in _records(path, split, field):
+        if record.problem is not None and on_bad_record == "fail":
+            raise UserError(f"{record.problem} (data.on_bad_record=skip leaves such records out.)")
+        if summary is not None:
+            problems = [] if record.problem is None else [record.problem]
+            summary.add(1, len(problems), problems)
+        if record.problem is None:
             found = True
-            yield text
+            yield record.value
+        else:
+            problem = problem or record.problem
     if not found:
-        raise UserError(f"{path} (split {split}): holds no text in field '{field}'.")
+        first = "" if problem is None else f" The first problem: {problem}"
+        raise UserError(f"{path} (split {split}): holds no text in field '{field}'.{first}")
 
 
 class DatasetRecords:
@@ -72,14 +118,11 @@ class DatasetRecords:
         self.path, self.split, self.field = path, split, field
         self.name = f"{path} (split {split})"
         self.num_parts = 1
+        self.contents = [self.name]
 
     def read(self, part: int, place: Place) -> Iterator[Record]:
-        """Yield the texts from row ``place.offset`` on; an empty one is a bad record."""
-        for number, row in enumerate(_rows(self.path, self.split, place.offset), place.offset + 1):
-            where = f"{self.path}: row {number}"
-            text = _text_of(row, self.path, self.field)
-            problem = None if text.strip() else f"{where}: field '{self.field}' holds no text."
-            yield Record(where, text, problem, Place(number, number))
+        """Yield the texts from row ``place.offset`` on."""
+        yield from _records(self.path, self.split, self.field, place.offset)
 
 
 def saved_files(path: str) -> list[Path]:
@@ -87,16 +130,21 @@ def saved_files(path: str) -> list[Path]:
     return sorted(item for item in Path(path).rglob("*") if item.is_file())
 
 
-def _text_of(row: dict[str, Any], path: str, field: str) -> str:
-    if field not in row:
-        raise UserError(
-            f"{path}: rows have no field '{field}', but {', '.join(map(str, row))}: set "
-            "data.text_field to one of them."
-        )
-    text = row[field]
-    if not isinstance(text, str):
-        raise UserError(f"{path}: field '{field}' holds a {type(text).__name__}, not text.")
-    return text
+def _records(path: str, split: str, field: str, start: int = 0) -> Iterator[Record]:
+    """Yield a record for every row that has a text, or has something else in its place."""
+    for number, row in enumerate(_rows(path, split, start), start + 1):
+        if field not in row:
+            raise UserError(
+                f"{path}: rows have no field '{field}', but {', '.join(map(str, row))}: set "
+                "data.text_field to one of them."
+            )
+        value, where = row[field], f"{path}: row {number}"
+        after = Place(number, number)
+        if not isinstance(value, str):
+            problem = f"{where}: field '{field}': expected text, got {shown(value)}."
+            yield Record(where, None, problem, after)
+        elif value.strip():
+            yield Record(where, value, None, after)
 
 
 def _rows(path: str, split: str, start: int = 0) -> Iterator[dict[str, Any]]:

@@ -109,11 +109,9 @@ def parse_conversation(row: Any, where: str) -> Conversation:
     """
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected an object such as {EXAMPLE}, got {shown(row)}.")
-    first = {name: value for name, value in row.items() if name in PART_NAMES}
-    interactions = row.get("interactions")
-    if interactions is None and first:
-        interactions = []
-    if not isinstance(interactions, list) or not (interactions or first):
+    turns = turns_of_row(row)
+    if not turns:
+        interactions = row.get("interactions")
         found = ", ".join(map(str, row)) or "none"
         raise UserError(
             f"{where}: field 'interactions': expected a non-empty list of objects with 'query' and "
@@ -127,17 +125,27 @@ def parse_conversation(row: Any, where: str) -> Conversation:
             f"Make it a string or leave it out."
         )
     return Conversation(
-        interactions=(
-            *([parse_interaction(first, f"{where}: field 'row")] if first else []),
-            *(
-                parse_interaction(item, f"{where}: field 'interactions[{turn}]")
-                for turn, item in enumerate(interactions)
-            ),
+        interactions=tuple(
+            parse_interaction(item, f"{where}: field '{name}") for name, item in turns
         ),
         system=system,
         id=str(row["id"]) if isinstance(row.get("id"), (str, int)) else "",
         source=row["source"] if isinstance(row.get("source"), str) else "",
     )
+
+
+def turns_of_row(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the turns of a row, each with the field that holds it: 'row', 'interactions[0]', ...
+
+    A field that is null is one that is absent, which is how parquet has it. Empty for a row whose
+    ``interactions`` are no list.
+    """
+    first = {name: row[name] for name in row if name in PART_NAMES and row[name] is not None}
+    rest = row.get("interactions")
+    if not isinstance(rest, list) and rest is not None:
+        return []
+    listed = [(f"interactions[{turn}]", item) for turn, item in enumerate(rest or [])]
+    return [("row", first), *listed] if first else listed
 
 
 def parse_text(row: Any, where: str) -> str:

@@ -38,6 +38,8 @@ class RecordSource(Protocol):
     """For messages."""
     num_parts: int
     """How many parts there are, at least one."""
+    contents: list[str]
+    """What is read, line by line: other lines mean that a position is that of other records."""
 
     def read(self, part: int, place: Place) -> Iterator[Record]:
         """Yield the records of a part from ``place`` on; ``value`` of a good one is its text."""
@@ -50,12 +52,17 @@ class FileRecords:
     Args:
         files: at least one.
         max_bytes: longest record; a longer one is bad.
+
+    Raises:
+        UserError: for a file that cannot be looked at.
     """
 
     def __init__(self, files: Sequence[Path], max_bytes: int = MAX_RECORD_BYTES) -> None:
         self.files, self.max_bytes = list(files), max_bytes
         self.name = ", ".join(map(str, self.files[:3])) + (", ..." if len(self.files) > 3 else "")
         self.num_parts = len(self.files)
+        # Without their folders: data that was moved is the same.
+        self.contents = [f"{file.name} ({_size(file)} bytes)" for file in self.files]
 
     def read(self, part: int, place: Place) -> Iterator[Record]:
         """Yield the documents of a file from ``place`` on."""
@@ -64,6 +71,13 @@ class FileRecords:
         for record in read_records(file, place, max_bytes=self.max_bytes):
             text, problem = parse_record(record, parse)
             yield record._replace(value=text, problem=problem)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}).") from error
 
 
 class BlockPosition(NamedTuple):

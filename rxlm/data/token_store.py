@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from rxlm.data.files import TEXT_SUFFIXES
 from rxlm.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 CACHE_VARIABLE = "RXLM_CACHE"
 TOKENS_FILE, OFFSETS_FILE, INFO_FILE = "tokens.bin", "offsets.bin", "info.json"
 _TEXTS_AT_ONCE = 1000
@@ -113,6 +114,7 @@ def open_store(
     build: Callable[[], tuple[Iterable[str], Callable[[], Mapping[str, Any]]]],
     encode: EncodeBatch,
     vocab_size: int,
+    verify: Callable[[], None] | None = None,
 ) -> TokenStore:
     """Return the store of ``key``; the first process that asks makes it, others wait.
 
@@ -123,6 +125,8 @@ def open_store(
             after the last one for what ``info`` is to say.
         encode: from texts to ids, all below ``vocab_size``.
         vocab_size: decides whether an id takes two bytes or four.
+        verify: called after the last document, before the store is kept: raises if what was read
+            is not what ``key`` says, and then nothing is kept.
 
     Raises:
         UserError: from the documents, or for a store that was damaged.
@@ -132,7 +136,7 @@ def open_store(
     if not folder.is_dir():
         with _lock(cache, key):
             if not folder.is_dir():
-                _make(folder, *build(), encode, vocab_size)
+                _make(folder, *build(), encode, vocab_size, verify)
     store = _read(folder)
     logger.info(
         "%s: %s tokens of %s documents, memory-mapped",
@@ -169,6 +173,7 @@ def _make(
     describe: Callable[[], Mapping[str, Any]],
     encode: EncodeBatch,
     vocab_size: int,
+    verify: Callable[[], None] | None,
 ) -> None:
     import numpy
 
@@ -203,6 +208,8 @@ def _make(
         with (temporary / INFO_FILE).open("wb") as file:
             file.write((json.dumps(info, indent=2) + "\n").encode())
             _to_disk(file)
+        if verify is not None:
+            verify()
         os.rename(temporary, folder)
     except OSError as error:
         raise RunError(
@@ -255,7 +262,8 @@ def content_fingerprint(files: Sequence[Path], cache: Path) -> str:
     """
     digest = hashlib.sha256()
     for file in files:
-        suffix = "".join(part for part in file.suffixes if part in (".gz", ".jsonl", ".parquet"))
+        # What a file is read as goes by the end of its name, and by nothing before that.
+        suffix = next((end for end in TEXT_SUFFIXES if file.name.endswith(end)), "")
         digest.update(f"{suffix}\0{_file_hash(file, cache)}\n".encode())
     return digest.hexdigest()
 
@@ -266,7 +274,7 @@ def _file_hash(file: Path, cache: Path) -> str:
     note = cache / "hashes" / f"{name}.json"
     try:
         before = _signature(resolved)
-        known = json.loads(note.read_bytes()) if note.is_file() else {}
+        known = _noted(note)
         if known.get("signature") == before:
             return str(known["sha256"])
         digest = hashlib.sha256()
@@ -275,9 +283,6 @@ def _file_hash(file: Path, cache: Path) -> str:
                 digest.update(chunk)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}).") from error
-    except ValueError:
-        note.unlink(missing_ok=True)
-        return _file_hash(file, cache)
     value = digest.hexdigest()
     # Times of change are as coarse as the clock's tick, so a fresh file may change unseen.
     if time.time_ns() - max(before[1:3]) > _RACY_NANOSECONDS:
@@ -287,6 +292,15 @@ def _file_hash(file: Path, cache: Path) -> str:
             temporary.write_text(json.dumps({"signature": before, "sha256": value}))
             os.replace(temporary, note)
     return value
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    """Return what a note says; nothing if there is none, or it is not one that was written here."""
+    try:
+        known = json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) and isinstance(known.get("sha256"), str) else {}
 
 
 def _signature(file: Path) -> list[int]:

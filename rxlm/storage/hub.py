@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rxlm.errors import RunError, UserError
 from rxlm.storage.model_folder import CHECKPOINTS, COMPLETE, resolve_model_dir
@@ -72,7 +72,7 @@ def download_model(repo_id: str, revision: str | None = None, token: str | None 
     chosen = written or revision
     hub = _hugging_face_hub()
     wanted = f"{HUB_PREFIX}{name}" + (f"@{chosen}" if chosen else "")
-    with _explained(hub, f"{wanted} could not be downloaded"):
+    with _explained(hub, f"{wanted} could not be downloaded", "read"):
         return Path(hub.snapshot_download(name, revision=chosen, token=token))
 
 
@@ -139,7 +139,7 @@ def _upload(
 ) -> str:
     hub = _hugging_face_hub()
     name = repo_id.removeprefix(HUB_PREFIX)
-    with _explained(hub, f"the model could not be uploaded to {HUB_PREFIX}{name}"):
+    with _explained(hub, f"the model could not be uploaded to {HUB_PREFIX}{name}", "write"):
         api = hub.HfApi(token=token)
         # Asked first: without a token the Hub would say only that there is no such repository.
         if token is None and hub.get_token() is None:
@@ -172,8 +172,11 @@ def _hugging_face_hub() -> Any:
 
 
 @contextlib.contextmanager
-def _explained(hub: Any, failure: str) -> Iterator[None]:
-    """Turn what the client raises into a message with a remedy."""
+def _explained(hub: Any, failure: str, right: Literal["read", "write"]) -> Iterator[None]:
+    """Turn what the client raises into a message with a remedy.
+
+    ``right`` is what a token has to allow.
+    """
     errors = importlib.import_module("huggingface_hub.errors")
     try:
         yield
@@ -194,19 +197,26 @@ def _explained(hub: Any, failure: str) -> Iterator[None]:
             "with `hf auth login` (or pass token=...) if it is private."
         ) from error
     except errors.LocalEntryNotFoundError as error:
+        # The client says so of a refused download, too, since it then looks into its cache.
+        _check_not_refused(error.__cause__, failure, right)
         raise RunError(
             f"{failure}: no connection, and nothing of it is cached ({error})"
         ) from error
     except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
-            raise UserError(
-                f"{failure}: the token is not valid or may not do this (status {status}): make "
-                "one that may write on https://huggingface.co/settings/tokens."
-            ) from error
+        _check_not_refused(error, failure, right)
         raise RunError(f"{failure}: {error}") from error
     except _connection_errors() as error:
         raise RunError(f"{failure}: {error}") from error
+
+
+def _check_not_refused(error: BaseException | None, failure: str, right: str) -> None:
+    """Raise ``UserError`` if ``error`` is the Hub's answer that this token may not do this."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        raise UserError(
+            f"{failure}: the token is not valid or may not do this (status {status}): make one "
+            f"that may {right} it on https://huggingface.co/settings/tokens."
+        ) from error
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:

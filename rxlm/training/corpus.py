@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from rxlm.data.token_store import (
     open_store,
     store_key,
 )
-from rxlm.errors import UserError
+from rxlm.errors import RunError, UserError
 from rxlm.tokenization import Tokenizer
 from rxlm.tokenization.template import EncodedTurn
 from rxlm.training.objectives.packed_rows import PackedRows
@@ -104,6 +104,7 @@ def open_rows(
 
     Raises:
         UserError: for data that cannot be used.
+        RunError: for files that change while their tokens are kept.
     """
     if data.mixture:
         parts = [data.of_item(item) for item in data.mixture]
@@ -181,19 +182,40 @@ def _open_store(
     }
     documents: Callable[[DataSummary], Iterable[str]]
     if is_dataset(text):
+        if cache.resolve().is_relative_to(Path(text).resolve()):
+            raise UserError(
+                f"data.token_cache={cache} lies in the data set {text}, all of whose files tell "
+                "its content. Give a folder outside."
+            )
         is_shared = True
         options |= {"split": data.text_split, "field": data.text_field}
-        documents = partial(_dataset_documents, data)
+        documents = partial(
+            iter_dataset_texts,
+            text,
+            data.on_bad_record,
+            split=data.text_split,
+            field=data.text_field,
+        )
     else:
         is_shared = split_files(data, split).is_shared
         documents = partial(iter_documents, files, data)
-    key = store_key(content_fingerprint(files, cache), tokenizer.fingerprint, options)
+    content = content_fingerprint(files, cache)
+    key = store_key(content, tokenizer.fingerprint, options)
 
     def build() -> tuple[Iterable[str], Callable[[], Mapping[str, Any]]]:
         counted = DataSummary()
         return documents(counted), counted.to_dict
 
-    store = open_store(cache, key, build, tokenizer.encode_batch, tokenizer.vocab_size)
+    def verify() -> None:
+        # They are read after they are hashed, perhaps long after: another process may have held
+        # the lock. A store of other content under this key would be used forever.
+        if content_fingerprint(files, cache) != content:
+            raise RunError(
+                f"{text}: the files changed while they were read, so their tokens were not kept. "
+                "Start again when nothing writes to them any more."
+            )
+
+    store = open_store(cache, key, build, tokenizer.encode_batch, tokenizer.vocab_size, verify)
     if summary is not None:
         info = store.info
         summary.add(info["records"], info["bad_records"], info["problems"])
@@ -203,14 +225,6 @@ def _open_store(
     if is_shared:
         return store, split_documents(count, data, split)
     return store, None if count == store.num_documents else numpy.arange(count)
-
-
-def _dataset_documents(data: DataConfig, summary: DataSummary) -> Iterator[str]:
-    for text in iter_dataset_texts(
-        require_text(data), split=data.text_split, field=data.text_field
-    ):
-        summary.num_records += 1
-        yield text
 
 
 def open_stream(

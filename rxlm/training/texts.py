@@ -60,7 +60,12 @@ def open_texts(
     text = require_text(data)
     if is_dataset(text):
         documents = load_dataset_texts(
-            text, split=data.text_split, field=data.text_field, limit=data.max_texts
+            text,
+            data.on_bad_record,
+            split=data.text_split,
+            field=data.text_field,
+            limit=data.max_texts,
+            summary=summary,
         )
         is_shared = True
     else:
@@ -206,7 +211,9 @@ def stream_texts(data: DataConfig, limit: int, summary: DataSummary) -> Iterator
     text = require_text(data)
     is_shared = True
     if is_dataset(text):
-        documents = iter_dataset_texts(text, split=data.text_split, field=data.text_field)
+        documents = iter_dataset_texts(
+            text, data.on_bad_record, summary, split=data.text_split, field=data.text_field
+        )
     else:
         files, is_shared = split_files(data, "train")
         documents = iter_documents(files, data, summary)

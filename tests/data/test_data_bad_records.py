@@ -137,3 +137,51 @@ def test_older_recipes_are_understood() -> None:
     """Catches a run folder of an older version that can no longer be read."""
     assert DataConfig(on_error="raise").on_bad_record == "fail"
     assert DataConfig(on_error="skip").on_bad_record == "skip"
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "{\n"])
+def test_check_refuses_what_training_refuses(tmp_path: Path, content: str) -> None:
+    """Catches a folder that is called good, and that training then does not read."""
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "b.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"b\.jsonl: (the file holds no|none of 1 rows)"):
+        load_conversations(tmp_path, "skip")
+    report = check_files(tmp_path)
+    assert not report.is_good and len(report.unusable_files) == 1
+    assert report.unusable_files[0].startswith(f"{tmp_path / 'b.jsonl'}: holds no usable record")
+    assert len(report.problems) == (content == "{\n")
+
+
+def test_notes_name_the_turns_that_are_meant(tmp_path: Path) -> None:
+    """Catches a tool's result called a silent user, and turns counted from the wrong place."""
+    path = tmp_path / "a.jsonl"
+    silent = {"query": "", "answer": "x"}
+    result = {"tool_use": "3", "answer": "x"}
+    rows = [
+        {"interactions": [TURN, result, silent]},
+        {**TURN, "interactions": [TURN, silent]},
+        {**silent, "interactions": [result]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert check_files(path).notes == [
+        f"{path}:1: field 'interactions[2].query' is empty (read as silence)",
+        f"{path}:2: field 'interactions[1].query' is empty (read as silence)",
+        f"{path}:3: field 'row.query' is empty (read as silence)",
+    ]
+
+
+def test_null_fields_are_absent(tmp_path: Path) -> None:
+    """Catches rows of parquet, where every row has every column, taken for a turn of nulls."""
+    path = tmp_path / "a.jsonl"
+    nulls = {"query": None, "answer": None, "think": None}
+    path.write_text(json.dumps({**nulls, "interactions": [TURN]}) + "\n")
+    (conversation,) = load_conversations(path)
+    assert [turn.query for turn in conversation.interactions] == ["Hi!"]
+    for row, message in (
+        ({**nulls, "interactions": None}, "'interactions': expected a non-empty list"),
+        ({"query": "Hi!", "answer": None}, r"'row\.answer': expected non-empty text"),
+        ({"query": None, "answer": "Hi!"}, r"'row\.query': expected text, got nothing"),
+    ):
+        path.write_text(json.dumps(row))
+        with pytest.raises(UserError, match=message):
+            load_conversations(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 from pathlib import Path
@@ -10,9 +11,18 @@ from typing import Any
 import pytest
 
 from rxlm.data.conversation_source import DataConfig
-from rxlm.data.dataset_texts import load_dataset_texts
+from rxlm.data.dataset_texts import DatasetRecords, load_dataset_texts
+from rxlm.data.records import DataSummary
+from rxlm.data.streaming import StreamPosition, TextStream
 from rxlm.errors import UserError
-from rxlm.training.texts import open_texts
+from rxlm.tokenization import Tokenizer, TokenizerTraining, train_tokenizer
+from rxlm.training.corpus import RowSettings, open_rows
+from rxlm.training.texts import iter_texts, open_texts, stream_texts
+
+
+@pytest.fixture(scope="module")
+def tiny_tokenizer() -> Tokenizer:
+    return train_tokenizer(["hello world"] * 9, TokenizerTraining(vocab_size=275))
 
 
 @pytest.fixture
@@ -73,3 +83,92 @@ def test_saved_data_sets_are_split(package: Any, tmp_path: Path) -> None:
     assert not set(train) & set(valid)
     with pytest.raises(UserError, match=r"no split.*data\.text_split"):
         load_dataset_texts(str(tmp_path), split="test")
+
+
+def saved(package: Any, folder: Path, values: list[Any], **settings: Any) -> DataConfig:
+    """Return the configuration of a saved data set that holds ``values``."""
+    (folder / "dataset_dict.json").write_text("{}")
+    package.rows = [{"text": value} for value in values]
+    return DataConfig(text=str(folder), valid_fraction=0.5, **settings)
+
+
+def read_everywhere(data: DataConfig, folder: Path, tokenizer: Tokenizer) -> list[Any]:
+    """Return (documents, summary) as they are held, as a store has them, and as they stream."""
+    found = []
+    for cache in (None, f"{folder}-cache"):
+        summary, texts = DataSummary(), []
+        for split in ("train", "valid"):
+            rows = open_rows(
+                data.model_copy(update={"token_cache": cache}),
+                split,  # type: ignore[arg-type]
+                RowSettings(tokenizer, 64),
+                summary if split == "train" else None,
+            )
+            texts += [
+                tokenizer.decode(rows.sample(position, 1)[0].ids)
+                for position in range(rows.size(1))
+            ]
+        found.append((sorted(texts), summary))
+    stream = TextStream(
+        DatasetRecords(str(folder)), block_records=1, on_bad_record=data.on_bad_record
+    )
+    texts, position = [], StreamPosition()
+    while position.block.epoch == 0:
+        # Resumed at each record: positions count the rows that are left out.
+        text, position = next(stream.records(position))
+        texts.append(text)
+    block = position.block
+    found.append((sorted(texts), DataSummary(block.num_records, block.num_bad)))
+    return found
+
+
+def test_rows_without_text_are_no_records(
+    package: Any, tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    """Catches an empty text that ends a stream, and is left out silently elsewhere."""
+    data = saved(package, tmp_path, ["a1", "", "b2", " ", "\n", "c3", "d4", ""])
+    for texts, summary in read_everywhere(data, tmp_path, tiny_tokenizer):
+        assert texts == ["a1", "b2", "c3", "d4"]
+        assert (summary.num_records, summary.num_bad) == (4, 0)
+
+
+@pytest.mark.parametrize("bad", [None, 3, ["a"]])
+def test_rows_of_something_else_are_bad_records(
+    package: Any, tmp_path: Path, tiny_tokenizer: Tokenizer, bad: Any
+) -> None:
+    """Catches a null that ends a run although bad records are skipped, that is not counted, or
+    that has no row number."""
+    data = saved(package, tmp_path, ["a1", "", bad, "b2", bad, "c3"], on_bad_record="skip")
+    for texts, summary in read_everywhere(data, tmp_path, tiny_tokenizer):
+        assert texts == ["a1", "b2", "c3"]
+        assert (summary.num_records, summary.num_bad) == (5, 2)
+        assert all(": row 3: field 'text'" in text for text in summary.problems[:1])
+    summary = DataSummary()
+    assert list(stream_texts(data, 9, summary)) == ["a1", "c3"] and summary.num_bad == 2
+    strict = data.model_copy(update={"on_bad_record": "fail"})
+    for cache in (None, f"{tmp_path}-other"):
+        with pytest.raises(UserError, match=r": row 3: field 'text': expected text, got"):
+            open_rows(
+                strict.model_copy(update={"token_cache": cache}),
+                "train",
+                RowSettings(tiny_tokenizer, 64),
+            )
+    with pytest.raises(UserError, match=r": row 3: field 'text': expected text, got"):
+        list(itertools.islice(TextStream(DatasetRecords(str(tmp_path))).records(), 3))
+    package.rows = [{"text": bad}]
+    with pytest.raises(UserError, match=r"holds no text in field 'text'\. The first.*row 1"):
+        open_texts(data)
+
+
+def test_a_limit_counts_texts(package: Any, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    """Catches a limit of rows where they are held and of documents where they are mapped, so that
+    a run reads other data with a cache."""
+    values = ["a1", "", "b2", None, "c3", "d4", "e5", "f6"]
+    data = saved(package, tmp_path, values, max_texts=4, on_bad_record="skip")
+    held, mapped, _ = read_everywhere(data, tmp_path, tiny_tokenizer)
+    assert held[0] == mapped[0] == ["a1", "b2", "c3", "d4"]
+    assert len(list(iter_texts(data, "train", DataSummary()))) == 2
+    assert load_dataset_texts(str(tmp_path), "skip", limit=2) == ["a1", "b2"]
+    inside = data.model_copy(update={"token_cache": str(tmp_path / "cache")})
+    with pytest.raises(UserError, match=r"lies in the data set.*Give a folder outside"):
+        open_rows(inside, "train", RowSettings(tiny_tokenizer, 64))

@@ -19,7 +19,7 @@ from rxlm.data.token_store import (
     store_key,
     tokens_in_memory,
 )
-from rxlm.errors import UserError
+from rxlm.errors import RunError, UserError
 
 TEXTS = ["abc", "", "de", "f" * 100]
 
@@ -149,3 +149,49 @@ def test_hashes_of_unchanged_files_are_kept(
     assert content_fingerprint([path], cache) != first
     (note,) = (cache / "hashes").iterdir()
     assert "kept" not in note.read_text()
+
+
+def test_a_store_is_verified_before_it_is_kept(tmp_path: Path) -> None:
+    """Catches a store that is kept although what was read is not what its key says, and a check
+    before the last document was read."""
+    read: list[str] = []
+
+    def texts() -> Iterator[str]:
+        for text in TEXTS:
+            read.append(text)
+            yield text
+
+    def verify() -> None:
+        assert read == TEXTS
+        raise RunError("changed")
+
+    with pytest.raises(RunError, match="changed"):
+        open_store(tmp_path, "a", lambda: (texts(), dict), encode, 300, verify)
+    assert [item.name for item in tmp_path.iterdir()] == [".a.lock"]
+
+
+@pytest.mark.parametrize("other", ["x.jsonl.txt", "x.parquet.jsonl.gz", "x.jsonl.gz", "x.txt"])
+def test_the_end_of_a_name_says_how_a_file_is_read(tmp_path: Path, other: str) -> None:
+    """Catches a store of paragraphs that is taken for one of lines of JSON with the same bytes."""
+    for name in ("x.jsonl", other, "y.parquet.jsonl"):
+        (tmp_path / name).write_text('{"text": "one"}')
+    cache = tmp_path / "cache"
+    first = content_fingerprint([tmp_path / "x.jsonl"], cache)
+    assert content_fingerprint([tmp_path / other], cache) != first
+    assert content_fingerprint([tmp_path / "y.parquet.jsonl"], cache) == first
+
+
+@pytest.mark.parametrize("note", ["", "[]", "null", "{}", "SIGNED", "\x00"])
+def test_a_damaged_note_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: str
+) -> None:
+    """Catches a traceback of a note of a hash that a full disk or an editor has left."""
+    monkeypatch.setattr("rxlm.data.token_store._RACY_NANOSECONDS", -1)
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("one")
+    first = content_fingerprint([path], cache)
+    (kept,) = (cache / "hashes").iterdir()
+    whole = kept.read_text()
+    kept.write_text(whole.replace("sha256", "sha") if note == "SIGNED" else note)
+    assert content_fingerprint([path], cache) == first
+    assert kept.read_text() == whole

@@ -29,7 +29,8 @@ TOKEN = "hf_" + "a" * 34
 
 class Hub:
     """Repositories by name: their files, and whether they are private. ``messages`` are those of
-    commits, ``heads`` what the YAML of uploaded cards says."""
+    commits, ``heads`` what the YAML of uploaded cards says, ``refused`` the status of all replies
+    (None: none is refused)."""
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {}
@@ -37,6 +38,7 @@ class Hub:
         self.messages: list[str] = []
         self.heads: list[dict[str, Any]] = []
         self.url = ""
+        self.refused: int | None = None
 
     def sha(self, repo: str) -> str:
         """The commit: a digest of what is there."""
@@ -69,11 +71,18 @@ def handler_of(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
         def refuse(self, status: int, code: str) -> None:
             self.reply(status, {"error": code}, {"X-Error-Code": code, "X-Error-Message": code})
 
+        def reply_refused(self) -> None:
+            assert hub.refused is not None
+            message = "Invalid credentials in Authorization header"
+            self.reply(hub.refused, {"error": message}, {"X-Error-Message": message})
+
         def do_HEAD(self) -> None:
             self.do_GET()
 
         def do_GET(self) -> None:
             path = unquote(self.path.partition("?")[0])
+            if hub.refused is not None:
+                return self.reply_refused()
             match = re.match(r"/(?:api/models/)?([\w.-]+/[\w.-]+)/(\w+)/([\w.-]+)/?(.*)", path)
             if match is None or match[1] not in hub.files:
                 return self.refuse(404 if self.authorized() else 401, "RepoNotFound")
@@ -104,6 +113,8 @@ def handler_of(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
+            if hub.refused is not None:
+                return self.reply_refused()
             if not self.authorized():
                 return self.refuse(401, "Unauthorized")
             if self.path == "/api/repos/create":

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import rxlm
+import rxlm.storage.hub as hub_module
 from rxlm.errors import RunError, UserError
 from rxlm.rxt.components import RxTDecoder, RxTEncoder
 from rxlm.rxt.models import RxTAlpha
@@ -128,3 +129,13 @@ def test_only_hub_addresses_are_downloaded(
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=r"revision='v1'.*a folder on this machine"):
         RxTAlpha.from_pretrained(tmp_path / "model", revision="v1")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refusal_names_the_right_that_is_missing(hub: Any, hub_token: str, status: int) -> None:
+    """Catches a download that asks for a token that may write."""
+    hub.refused = status
+    with pytest.raises(UserError, match=rf"status {status}\): make one that may read"):
+        rxlm.load(f"hf://{NAME}")
+    with pytest.raises(UserError, match=rf"status {status}\): make one that may write"):
+        hub_module.push_folder(lambda folder: None, NAME, token=hub_token)

@@ -10,6 +10,7 @@ Not here: reading records (``rxlm.data.streaming``), rows of a store (``row_wind
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,10 @@ from rxlm.tokenization import Tokenizer
 from rxlm.tokenization.template import EncodedTurn
 from rxlm.training.objectives.packed_rows import pack_lengths
 from rxlm.training.objectives.row_windows import TextRows
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 5
 
 Row = list[EncodedTurn]
 """The pieces of one row; one piece without packing."""
@@ -85,13 +90,18 @@ class StreamRows:
                 lane.behind = {n: at for n, at in lane.behind.items() if n >= newest}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where training is, as JSON values: (micro-batches, position) of each lane."""
+        """Return where training is, and in what, as JSON values: of each lane (micro-batches,
+        position)."""
         state = {}
         for index, lane in enumerate(self._lanes):
             with lane.lock:
                 number = min(lane.behind)
                 state[str(index)] = [number, *lane.behind[number].to_json()]
-        return {"num_lanes": len(self._lanes), "lanes": state}
+        return {"num_lanes": len(self._lanes), **self._read_from(), "lanes": state}
+
+    def _read_from(self) -> dict[str, Any]:
+        source = self._lanes[0].stream.source
+        return {"num_parts": source.num_parts, "contents": list(source.contents)}
 
     @staticmethod
     def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -100,13 +110,13 @@ class StreamRows:
         for state in states:
             for index, values in state["lanes"].items():
                 lanes[index] = max(values, lanes.get(index, values))
-        return {"num_lanes": states[0]["num_lanes"], "lanes": lanes}
+        return {**states[0], "lanes": lanes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was.
 
         Raises:
-            UserError: for a state of another number of lanes.
+            UserError: for a state of another number of lanes, or of other files.
         """
         if state.get("num_lanes") != len(self._lanes):
             raise UserError(
@@ -114,9 +124,35 @@ class StreamRows:
                 f"accumulation={state.get('num_lanes')}, and each micro-batch reads its own part. "
                 "Resume with that, or begin a new run."
             )
+        self._check_contents(state)
         for index, (number, *values) in state["lanes"].items():
             lane = self._lanes[int(index)]
             lane.behind = {int(number): StreamPosition.from_json(values)}
+
+    def _check_contents(self, state: Mapping[str, Any]) -> None:
+        now = self._read_from()
+        if "contents" not in state:
+            logger.warning(
+                "%s: the checkpoint does not say which files it was reading (an older version "
+                "wrote it), so it is not checked that they are the same",
+                self.name,
+            )
+            return
+        before = {"num_parts": state["num_parts"], "contents": list(state["contents"])}
+        if before == now:
+            return
+        old, new = before["contents"], now["contents"]
+        gone = [line for line in old if line not in new]
+        added = [line for line in new if line not in old]
+        changes = [
+            f"{title}: {', '.join(lines[:_NAMED])}{', ...' if len(lines) > _NAMED else ''}"
+            for title, lines in (("not there any more", gone), ("new", added))
+            if lines
+        ] or ["the same, in another order or number"]
+        raise UserError(
+            f"{self.name}: this is not what the run has read ({'; '.join(changes)}), so where it "
+            "was means other records now. Resume with the same files, or begin a new run."
+        )
 
     def summary(self) -> DataSummary:
         """Return how many records training has read; problems only of this start of the run."""

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+import rxlm.training.corpus as corpus_module
 from rxlm.data.conversation_source import DataConfig
 from rxlm.data.order import sample_index
 from rxlm.data.records import DataSummary
-from rxlm.errors import UserError
+from rxlm.errors import RunError, UserError
 from rxlm.lm import LanguageModel
 from rxlm.tokenization import Tokenizer
 from rxlm.training.corpus import (
@@ -266,3 +267,67 @@ def test_large_texts_are_not_held(
     assert token_cache(data.model_copy(update={"token_cache": None}), "train") is None
     with pytest.raises(UserError, match="cannot be known by its content"):
         token_cache(DataConfig(text="hf://a/b", token_cache="x"), "train")
+
+
+def test_files_that_change_are_not_kept(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches tokens of another content, kept forever under the hash of what a file was before
+    the lock was waited for."""
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("hello\n\nworld")
+    data = DataConfig(text=str(path), token_cache=str(cache), valid_fraction=0.5)
+    settings = RowSettings(tiny_tokenizer, 64)
+    build = corpus_module.open_store
+
+    def changed_first(*arguments: Any, **more: Any) -> Any:
+        path.write_text("other\n\nwords")
+        return build(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "open_store", changed_first)
+        with pytest.raises(RunError, match=r"a\.txt: the files changed while they were read"):
+            open_rows(data, "train", settings)
+    assert not [item for item in cache.iterdir() if item.is_dir() and item.name != "hashes"]
+    for texts in (["hello", "world"], ["other", "words"]):
+        path.write_text("\n\n".join(texts))
+        rows = open_rows(data, "train", settings)
+        assert tiny_tokenizer.decode(rows.sample(0, 1)[0].ids) == texts[0]
+
+
+def test_a_stream_resumes_only_in_the_same_files(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a resumed run that reads other records without a word when a file was added, taken
+    away, or written anew; and one that is refused because its data was moved."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in "bc":
+        (folder / f"{name}.txt").write_text("\n\n".join(f"{name} {n}" for n in range(20)))
+
+    def stream() -> Any:
+        data = DataConfig(text=str(folder), streaming=True, stream_block=3)
+        return open_stream(data, RowSettings(tiny_tokenizer, 40), 2, 2)[0]
+
+    rows = stream()
+    rows.micro_batch(0, 0, 3)
+    rows.trained(1)
+    state = json.loads(json.dumps(rows.merged([rows.state_dict(), stream().state_dict()])))
+    stream().load_state_dict(state)
+    (folder / "a.txt").write_text("new")
+    with pytest.raises(UserError, match=r"not what the run has read \(new: a\.txt \(3 bytes\)\)"):
+        stream().load_state_dict(state)
+    (folder / "a.txt").unlink()
+    text = (folder / "c.txt").read_text()
+    (folder / "c.txt").write_text(text + "!")
+    size = len(text)
+    with pytest.raises(
+        UserError, match=rf"any more: c\.txt \({size} bytes\); new: c\.txt \({size + 1} bytes\)"
+    ):
+        stream().load_state_dict(state)
+    (folder / "c.txt").write_text(text)
+    folder = folder.rename(tmp_path / "moved")
+    stream().load_state_dict(state)
+    old = {name: state[name] for name in ("num_lanes", "lanes")}
+    stream().load_state_dict(old)
+    assert "does not say which files" in caplog.text
