@@ -133,6 +133,7 @@ def render_recall(report: Mapping[str, Any], minutes: float, beside: str = "") -
     table = recall_table(recall["rows"], main)
     count, seeds = settings["dialogues"], len(settings["seeds"])
     threads = environment["num_threads"]
+    option = f" --beside '{beside}'" if beside else ""
     return "\n".join(
         [
             "**What it remembers.** Percent of facts recalled word for word, by the turns since "
@@ -151,7 +152,7 @@ def render_recall(report: Mapping[str, Any], minutes: float, beside: str = "") -
             f"{environment['num_cpus']} CPU cores{f', with {beside} beside it' if beside else ''}, "
             f"torch {environment['torch']}. Printed by "
             "`make quickstart`, with 95 % intervals and more in its `runs/nano/report.md`; copied "
-            "from there by `python scripts/update_readme.py runs/nano`.",
+            f"from there by `python scripts/update_readme.py runs/nano{option}`.",
         ]
     )
 
