@@ -85,7 +85,8 @@ def test_a_measured_peak_is_that_of_an_update(toy: ModuleType, precision: str) -
     objective = toy.ToyObjective(width=64)
     optimizer, masters = put_on_device(objective, settings, device)
     strategy = Strategy(objective, optimizer, settings, device, masters=masters)
-    run_update(strategy, [objective.batch(0, 0)], 0, device)
+    batch = objective.batch(0, 0)
+    run_update(strategy, [batch], 0, device)
     kept = [*objective.model.parameters()]
     kept += [part for values in optimizer.state.values() for part in values.values()]
     # Weights in bfloat16 have masters of four bytes a number.
@@ -93,13 +94,13 @@ def test_a_measured_peak_is_that_of_an_update(toy: ModuleType, precision: str) -
     static += sum(4 * item.numel() for item in kept if item.dtype == torch.bfloat16)
     strategy.begin_update([])
 
-    def update() -> None:
-        strategy.compute(objective.batch(0, 0), 0, is_last=True)
+    def compute() -> None:
+        strategy.compute(batch, 0, is_last=True)
 
-    passes = peak_of(update, device)
+    passes = peak_of(compute, device)
     step = peak_of(strategy.step, device)
     gradients = sum(4 * item.numel() for item in strategy.gradients().values())
-    assert estimate.peak_bytes == pytest.approx(static + max(passes, gradients + step), rel=0.02)
+    assert estimate.peak_bytes == static + max(passes, gradients + step)
 
 
 def test_phases_are_entered_one_after_the_other() -> None:

@@ -167,6 +167,14 @@ def test_counted_operations_are_those_of_the_accounting(tiny: Any) -> None:
     assert counter.total == 32 * encoder_token_operations(encoder, 32)
 
 
+def test_checkpointing_of_turns_is_advised_where_there_are_any(tiny: Any) -> None:
+    """Catches advice to compute turns again in a stage where that has no effect (a warning)."""
+    sft = tiny.objective(SFTObjective, SFTSettings(turns=3, dialogues=2))
+    assert sft.memory_saving.checkpointing == ("layers",)
+    aware = tiny.objective(MemoryAwareObjective, SETTINGS)
+    assert aware.memory_saving.checkpointing == ("layers", "both")
+
+
 @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
 def test_attention_counts_the_same_whichever_kernel(backend: SDPBackend) -> None:
     """Catches attention that is counted twice (as a whole and by its parts) or, in a kernel without
