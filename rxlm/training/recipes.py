@@ -30,7 +30,7 @@ from rxlm.training.objectives.memory_aware import MemoryAwareSettings
 from rxlm.training.objectives.memory_pretraining import MemoryPretrainingSettings
 from rxlm.training.objectives.sft import SFTSettings
 from rxlm.training.recipe import load_recipe, parse_recipe
-from rxlm.training.settings import TrainSettings, without_effectless
+from rxlm.training.settings import TrainSettings, deciding_values
 from rxlm.training.tokenizer_stage import TokenizerStageSettings
 
 PREVIOUS = "previous"
@@ -324,7 +324,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
 
 def result_values(recipe: Recipe) -> dict[str, Any]:
     """Return the part of :func:`recipe_values` that decides what the stage makes."""
-    values = without_effectless(recipe_values(recipe))
+    values = deciding_values(recipe_values(recipe))
     if recipe.stage == "tokenizer":
         return {name: values[name] for name in ("stage", "data", "tokenizer", "objective")}
     for name in ("tokenizer", "evaluation"):

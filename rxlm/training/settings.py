@@ -142,8 +142,8 @@ class TrainSettings(Config):
         return self
 
 
-def without_effectless(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's values but for :data:`NO_EFFECT_ON_RESULT`."""
+def deciding_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's values that decide the result: all but :data:`NO_EFFECT_ON_RESULT`."""
     kept: dict[str, Any] = {}
     for section, value in values.items():
         if isinstance(value, Mapping):

@@ -19,7 +19,7 @@ from rxlm.training.comparison.curves import Point, better, curves_of
 from rxlm.training.comparison.effect import effect
 from rxlm.training.comparison.runs import Run, by_stage, read_targets
 from rxlm.training.metrics import TIMING_FIELDS
-from rxlm.training.settings import without_effectless
+from rxlm.training.settings import deciding_values
 
 SCHEMA = "rxlm-comparison/1"
 NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -195,7 +195,7 @@ def _config_differences(columns: Sequence[Sequence[Run]]) -> list[dict[str, Any]
     """Return the settings that are not the same in all columns (seeds only between single runs)."""
     single = all(len(group) == 1 for group in columns)
     flat = [
-        _leaves(without_effectless(group[0].config) if single else group[0].recipe)
+        _leaves(deciding_values(group[0].config) if single else group[0].recipe)
         for group in columns
     ]
     keys = sorted({key for values in flat for key in values})

@@ -11,7 +11,7 @@ from rxlm.errors import UserError
 from rxlm.training.metrics import read_metrics
 from rxlm.training.recipe import load_mapping
 from rxlm.training.run_folder import STATUS_FILE, read_status
-from rxlm.training.settings import without_effectless
+from rxlm.training.settings import deciding_values
 from rxlm.training.watching.samples import read_samples
 
 _SEED = "seed"
@@ -37,7 +37,7 @@ class Run(NamedTuple):
         values = {
             key: value for key, value in self.config.items() if key not in ("evaluation", "watch")
         }
-        without: dict[str, Any] = _without_seeds(without_effectless(values))
+        without: dict[str, Any] = _without_seeds(deciding_values(values))
         return without
 
     @property
