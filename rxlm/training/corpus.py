@@ -24,7 +24,7 @@ from rxlm.data.dataset_texts import (
     iter_dataset_texts,
 )
 from rxlm.data.mixture import Mixture
-from rxlm.data.records import DataSummary
+from rxlm.data.records import BEGINNING, DataSummary
 from rxlm.data.streaming import FileRecords, RecordSource, TextStream
 from rxlm.data.token_store import (
     TokenStore,
@@ -258,12 +258,27 @@ def open_stream(
 
 def stream_validation_texts(data: DataConfig, limit: int) -> list[str]:
     """Return the first ``limit`` validation documents of a stream."""
+    _check_held_out(data)
     texts = []
     for text, behind in itertools.islice(_stream(data, "valid", 0, 1).records(), limit):
         texts.append(text)
         if behind.block.epoch > 0:
             break
     return texts
+
+
+def _check_held_out(data: DataConfig) -> None:
+    """Raise ``UserError`` if a stream is too short for one of its records to be held out."""
+    every = hold_out_every(data)
+    source, is_shared = _record_source(data, "valid")
+    records = (item for part in range(source.num_parts) for item in source.read(part, BEGINNING))
+    if is_shared and (count := sum(1 for _ in itertools.islice(records, every))) < every:
+        raise UserError(
+            f"data.text={data.text} has {count} record(s), and of a stream one in {every} is held "
+            f"out for validation (data.valid_fraction={data.valid_fraction}), so that there is "
+            "nothing to validate on. Raise data.valid_fraction, add a file with '.valid.' in its "
+            "name, or set data.streaming=false."
+        )
 
 
 def _stream(data: DataConfig, split: Split, lane: int, num_lanes: int) -> TextStream:

@@ -31,6 +31,8 @@ from rxlm.training.build import (
 )
 from rxlm.training.build_lm import build_lm_objective, build_lm_on_meta, check_same_lm, lm_config
 from rxlm.training.device import resolve_device
+from rxlm.training.distributed.zero import check_deepspeed
+from rxlm.training.loggers import check_loggers
 from rxlm.training.objective import Objective
 from rxlm.training.objectives.joint_lm import JointBatch
 from rxlm.training.objectives.language_modeling import row_length
@@ -93,6 +95,8 @@ def dry_run(stage: StageFile, folder: Path, *, measure: bool = False) -> DryRun:
         texts = tokenizer_texts(recipe.data, recipe.objective)
         num_characters = sum(len(text) for text in texts)
         return DryRun({}, 0, 0, 0, 0, 0, 0, [f"{num_characters:,} characters of training text"])
+    check_loggers(recipe.train)
+    check_deepspeed(recipe.train)
     notes: list[str] = []
     if isinstance(recipe, LMRecipe):
         return _dry_run_lm(stage, recipe, folder, notes, measure)

@@ -5,9 +5,11 @@ Not here: what is set up before and cleaned up after (``trainer.py``).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,7 +105,7 @@ class TrainingLoop:
         batches = list(self._loader.step_batches(before.step))
         self._last_batch = batches[0]
         doing = f"step {before.step + 1}"
-        with memory_reported(doing, batches, self._settings, self.checkpoint):
+        with self._memory_reported(doing, batches):
             outcome = run_update(parts.strategy, batches, before.step, parts.device)
         if outcome.problem is None:
             self._window.add(outcome.metrics, outcome.num_targets)
@@ -158,10 +160,21 @@ class TrainingLoop:
         }
         if self._settings.watch.mfu:
             speed = values["tokens_per_second"]
-            values |= self._utilization.measure(self._last_batch, state.step - 1, speed)
+            doing = f"measuring mfu after step {state.step}"
+            off = "set train.watch.mfu=false"
+            with self._memory_reported(doing, [self._last_batch], off):
+                values |= self._utilization.measure(self._last_batch, state.step - 1, speed)
         self._logged_wait = waited
         self._sinks.write("train", state.step, values)
         self._view.report("train", state.step, values)
+
+    def _memory_reported(
+        self, doing: str, batches: Sequence[Any], first_remedy: str | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        saving = self._parts.objective.memory_saving
+        return memory_reported(
+            doing, batches, self._settings, saving, self.checkpoint, first_remedy
+        )
 
     def _validate(self) -> bool:
         """Validate without a trace on training; return whether the result is the best so far."""
@@ -171,7 +184,7 @@ class TrainingLoop:
         # Every process measures the same: none would have anything else to do, and weights that
         # are cut up are needed from all. The numbers of process 0 count.
         with (
-            memory_reported(f"validation after step {step}", (), settings, self.checkpoint),
+            self._memory_reported(f"validation after step {step}", ()),
             isolated_random_state(seed),
             torch.no_grad(),
             autocast(parts.device, settings.precision),

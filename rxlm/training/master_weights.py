@@ -47,6 +47,10 @@ class MasterWeights:
         """Return what the optimizer changes in the place of a parameter."""
         return self._masters.get(id(param), param)
 
+    def kept_on(self, device_type: str) -> list[Tensor]:
+        """Return the masters that are kept beside the weights on a device (``cpu``, ``cuda``)."""
+        return [item for item in self._masters.values() if item.device.type == device_type]
+
     def take_gradients(self) -> None:
         """Add the gradients of the weights to those of the masters, in float32, and drop them."""
         for param in self._parameters:

@@ -7,7 +7,7 @@ objective holds the model and the data of one stage and nothing of the loop.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -36,6 +36,17 @@ class StepOutput(NamedTuple):
     """Weight of a metric in that average, where it is not ``num_targets``."""
 
 
+class MemorySaving(NamedTuple):
+    """Which settings of a stage make a step take less memory."""
+
+    batch: str = "objective.batch_size"
+    """What says how large a micro-batch is."""
+    lengths: str | None = None
+    """What makes its rows or windows shorter, as in ``take ...``."""
+    checkpointing: tuple[str, ...] = ()
+    """Values of ``gradient_checkpointing`` that save something, that which saves least first."""
+
+
 class Objective(abc.ABC):
     """One training stage.
 
@@ -52,6 +63,8 @@ class Objective(abc.ABC):
     """Name of the stage, for log lines and messages."""
     summaries: Mapping[str, DataSummary] = MappingProxyType({})
     """By split, how much was read and what was skipped; empty for data that cannot be bad."""
+    memory_saving = MemorySaving()
+    """What a person is told to change when memory has run out."""
 
     @abc.abstractmethod
     def trained_modules(self) -> nn.Module:
@@ -156,6 +169,16 @@ class Objective(abc.ABC):
         when :meth:`state_dict` also holds values that change every step, such as averages.
         """
         return self.state_dict()
+
+    def each_phase(self, num_steps: int) -> Iterator[int]:
+        """Put the objective into each phase of its curriculum; yield how many steps that may last.
+
+        For estimates, with an objective that is thrown away. The default is a single phase.
+
+        Args:
+            num_steps: of the whole run.
+        """
+        yield num_steps
 
     def architecture(self) -> dict[str, Any]:
         """Return what must not change when a run is resumed, as JSON values.

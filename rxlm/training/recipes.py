@@ -30,7 +30,7 @@ from rxlm.training.objectives.memory_aware import MemoryAwareSettings
 from rxlm.training.objectives.memory_pretraining import MemoryPretrainingSettings
 from rxlm.training.objectives.sft import SFTSettings
 from rxlm.training.recipe import load_recipe, parse_recipe
-from rxlm.training.settings import TrainSettings
+from rxlm.training.settings import TrainSettings, deciding_values
 from rxlm.training.tokenizer_stage import TokenizerStageSettings
 
 PREVIOUS = "previous"
@@ -38,13 +38,6 @@ PREVIOUS = "previous"
 
 _NUMBERED = re.compile(r"\d+_.+\.ya?ml\Z")
 _SIZES_OF_MEMORY = ("num_layers", "embed_dim", "att_heads", "stm_size", "seq_len")
-_NO_EFFECT_ON_RESULT = frozenset(
-    {
-        "device", "threads", "prefetch", "prefetch_workers", "gradient_checkpointing", "strategy",
-        "deepspeed", "log_every", "save_every", "keep_last", "loggers", "wandb_project",
-        "trackio_project", "watch",
-    }
-)  # fmt: skip
 
 
 class ModelSection(Config):
@@ -331,13 +324,9 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
 
 def result_values(recipe: Recipe) -> dict[str, Any]:
     """Return the part of :func:`recipe_values` that decides what the stage makes."""
-    values = recipe_values(recipe)
-    # Where tokens are kept changes nothing about them.
-    del values["data"]["token_cache"]
+    values = deciding_values(recipe_values(recipe))
     if recipe.stage == "tokenizer":
         return {name: values[name] for name in ("stage", "data", "tokenizer", "objective")}
     for name in ("tokenizer", "evaluation"):
         del values[name]
-    for name in _NO_EFFECT_ON_RESULT:
-        del values["train"][name]
     return values

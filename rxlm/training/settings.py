@@ -15,6 +15,19 @@ from rxlm.configuration import Config
 from rxlm.errors import UserError
 from rxlm.training.watch import WatchSettings
 
+NO_EFFECT_ON_RESULT = frozenset(
+    {
+        "data.token_cache", "train.device", "train.threads", "train.prefetch",
+        "train.prefetch_workers", "train.gradient_checkpointing", "train.strategy",
+        "train.deepspeed", "train.log_every", "train.save_every", "train.keep_last",
+        "train.keep_best", "train.loggers", "train.wandb_project", "train.trackio_project",
+        "train.watch",
+    }
+)  # fmt: skip
+"""Settings of a recipe, by dotted path, that say where and how a run is made, not what is trained.
+"""
+
+
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -127,6 +140,21 @@ class TrainSettings(Config):
                 "validate_every is null: set validate_every to a number of steps."
             )
         return self
+
+
+def deciding_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's values that decide the result: all but :data:`NO_EFFECT_ON_RESULT`."""
+    kept: dict[str, Any] = {}
+    for section, value in values.items():
+        if isinstance(value, Mapping):
+            kept[section] = {
+                key: item
+                for key, item in value.items()
+                if f"{section}.{key}" not in NO_EFFECT_ON_RESULT
+            }
+        else:
+            kept[section] = value
+    return kept
 
 
 def _with_loggers(values: Mapping[str, Any]) -> dict[str, Any]:

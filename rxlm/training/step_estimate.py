@@ -6,8 +6,9 @@ quick and fit easily, the whole is made, too, and the figures are measured ones.
 
     peak = weights and buffers + optimizer state + max(forward and backward pass, optimizer step)
 
-where both terms of the maximum hold the gradients. What Python, libraries and the data take comes
-on top. Nothing is written; weights change, so the objective is one that is thrown away.
+where float32 masters of bfloat16 weights belong to the optimizer state, and both terms of the
+maximum hold the gradients. What Python, libraries and the data take comes on top. Nothing is
+written; weights change, so the objective is one that is thrown away.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from rxlm.errors import UserError
-from rxlm.training.device import autocast, cpu_threads, move_to_device
+from rxlm.training.device import cpu_threads, move_to_device
+from rxlm.training.distributed.strategy import Strategy, put_on_device
 from rxlm.training.held_bytes import peak_of
 from rxlm.training.objective import Objective
-from rxlm.training.objectives.memory_aware import MemoryAwareObjective
-from rxlm.training.optim import build_optimizer
 from rxlm.training.rng import isolated_random_state
 from rxlm.training.settings import TrainSettings
 
@@ -83,21 +84,17 @@ def estimate_step(
         device: where.
         whole_budget: seconds that a whole micro-batch may take to be tried.
     """
-    objective.set_gradient_checkpointing(
-        layers=settings.gradient_checkpointing in ("layers", "both"),
-        turns=settings.gradient_checkpointing in ("turns", "both"),
-    )
-    module = objective.trained_modules().to(device)
-    optimizer = build_optimizer(module, objective.parameter_groups(settings), settings)
+    optimizer, masters = put_on_device(objective, settings, device)
+    strategy = Strategy(objective, optimizer, settings, device, masters=masters)
     objective.set_training_mode()
     begin = time.perf_counter()
     batch = objective.batch(0, 0)
     building = time.perf_counter() - begin
-    passes = _Passes(objective, settings, device)
+    passes = _Passes(strategy, settings, device)
     with isolated_random_state(0):
         parts = _parts(objective, batch)
         passes.run(parts[0])
-        optimizer.step()
+        strategy.step()
         measured = [passes.measure(part) for part in parts]
         whole = _extrapolated(measured, _count_tokens(objective, parts, batch, measured))
         if len(parts) == 1:
@@ -106,16 +103,18 @@ def estimate_step(
             whole, share = passes.measure(batch), 1.0
         else:
             share = measured[-1].num_tokens / whole.num_tokens
-        step = _measured_step(optimizer, device)
-    tensors = [*module.parameters(), *module.buffers()]
-    state = [part for values in optimizer.state.values() for part in values.values()]
-    static = sum(item.numel() * item.element_size() for item in [*tensors, *state])
-    gradients = sum(
-        item.grad.numel() * item.grad.element_size()
-        for item in module.parameters()
-        if item.grad is not None
+        step = _measured_step(strategy, device)
+    module = objective.trained_modules()
+    static = _num_bytes(
+        [
+            *module.parameters(),
+            *module.buffers(),
+            *(part for values in optimizer.state.values() for part in values.values()),
+            *([] if masters is None else masters.kept_on(device.type)),
+        ]
     )
-    optimizer.zero_grad(set_to_none=True)
+    gradients = _num_bytes(strategy.gradients().values())
+    strategy.begin_update([])
     computing = whole.seconds * settings.accumulation + step.seconds
     waiting = building * settings.accumulation
     return StepEstimate(
@@ -132,7 +131,7 @@ def estimate_run(
     with cpu_threads(settings.threads):
         found = [
             (steps, estimate_step(objective, settings, device))
-            for steps in _each_phase(objective, settings.steps)
+            for steps in objective.each_phase(settings.steps)
         ]
     return RunEstimate(
         peak_bytes=max(item.peak_bytes for _, item in found),
@@ -147,52 +146,32 @@ def fits(num_bytes: int, device: torch.device) -> bool:
     return room is not None and num_bytes < room / 2
 
 
-def _each_phase(objective: Objective, num_steps: int) -> Iterator[int]:
-    """Put the objective into each of its phases, and yield how many steps that lasts."""
-    if not isinstance(objective, MemoryAwareObjective):
-        yield num_steps
-        return
-    left = num_steps
-    for index, phase in enumerate(objective.settings.phases):
-        is_last = index == len(objective.settings.phases) - 1
-        steps = left if is_last or phase.steps is None else min(left, phase.steps)
-        if steps:
-            objective.curriculum.load_state_dict({"starts": [0] * (index + 1), "accuracy": None})
-            yield steps
-        left -= steps
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(item.numel() * item.element_size() for item in tensors)
 
 
 class _Passes:
     """Runs forward and backward passes."""
 
-    def __init__(self, objective: Objective, settings: TrainSettings, device: torch.device) -> None:
-        self._objective, self._settings, self._device = objective, settings, device
+    def __init__(self, strategy: Strategy, settings: TrainSettings, device: torch.device) -> None:
+        self._strategy, self._settings, self._device = strategy, settings, device
 
     def run(self, batch: Any) -> int:
         """Make one pass; return its tokens."""
         moved = move_to_device(batch, self._device)
-        with autocast(self._device, self._settings.precision):
-            output = self._objective.loss(moved, 0)
-        if output.num_targets > 0:
-            (output.loss * output.num_targets).backward()
-        return output.num_tokens
+        return self._strategy.compute(moved, 0, is_last=True).num_tokens
 
     def measure(self, batch: Any) -> Pass:
         """Measure a pass as the trainer makes it: with gradients there from the pass before if
         micro-batches are accumulated, without otherwise."""
-        module = self._objective.trained_modules()
-
-        def clear() -> None:
-            module.zero_grad(set_to_none=True)
-
         seconds = []
         for _ in range(_REPETITIONS):
-            clear()
+            self._strategy.begin_update([])
             begin = time.perf_counter()
             num_tokens = self.run(batch)
             _synchronize(self._device)
             seconds.append(time.perf_counter() - begin)
-        clear()
+        self._strategy.begin_update([])
         count = min(2, self._settings.accumulation)
 
         def passes() -> None:
@@ -248,12 +227,12 @@ def _extrapolated(measured: list[Pass], num_tokens: int) -> Pass:
     )
 
 
-def _measured_step(optimizer: torch.optim.Optimizer, device: torch.device) -> Pass:
+def _measured_step(strategy: Strategy, device: torch.device) -> Pass:
     begin = time.perf_counter()
-    optimizer.step()
+    strategy.step()
     _synchronize(device)
     seconds = time.perf_counter() - begin
-    return Pass(0, peak_of(optimizer.step, device), seconds)
+    return Pass(0, peak_of(strategy.step, device), seconds)
 
 
 def _available_bytes(device: torch.device) -> int | None:

@@ -19,15 +19,15 @@ from rxlm.errors import RunError, UserError
 from rxlm.training.checkpoint import clean_leftovers, find_latest
 from rxlm.training.device import cpu_threads, resolve_device
 from rxlm.training.distributed.sharding import local_batches, num_local_micro_batches
-from rxlm.training.distributed.strategy import DataParallel, Strategy
+from rxlm.training.distributed.strategy import DataParallel, Strategy, put_on_device
 from rxlm.training.distributed.world import World, current_world
-from rxlm.training.distributed.zero import ZeRO, read_deepspeed_file, require_deepspeed
+from rxlm.training.distributed.zero import ZeRO, check_deepspeed
 from rxlm.training.loggers import check_loggers, open_loggers
 from rxlm.training.loop import Ending, TrainingLoop
 from rxlm.training.master_weights import MasterWeights
 from rxlm.training.metrics import MetricSinks
 from rxlm.training.objective import Objective
-from rxlm.training.optim import build_optimizer, trainable_parameters
+from rxlm.training.optim import trainable_parameters
 from rxlm.training.prefetch import BatchLoader
 from rxlm.training.progress import PlainProgress, open_progress
 from rxlm.training.resume import RunParts, restore_run, result_metrics, write_run_status
@@ -79,9 +79,7 @@ def make_strategy(
                 "strategy=deepspeed shares a run between processes, and there is one: start it "
                 "with `torchrun --nproc-per-node 2 -m rxlm train ...`, or use strategy=auto."
             )
-        require_deepspeed()
-        assert settings.deepspeed is not None, "checked by TrainSettings"
-        read_deepspeed_file(settings.deepspeed)
+        check_deepspeed(settings)
         kind = ZeRO
     return kind(objective, optimizer, settings, device, world, masters)
 
@@ -116,14 +114,8 @@ class Trainer:
         check_loggers(settings)
         world = current_world()
         device = resolve_device(settings.device, world.local_rank if world.size > 1 else None)
-        objective.set_gradient_checkpointing(
-            layers=settings.gradient_checkpointing in ("layers", "both"),
-            turns=settings.gradient_checkpointing in ("turns", "both"),
-        )
-        module = objective.trained_modules().to(device)
-        masters = MasterWeights(module) if settings.precision == "bf16_pure" else None
-        groups = objective.parameter_groups(settings)
-        optimizer = build_optimizer(module, groups, settings, masters)
+        optimizer, masters = put_on_device(objective, settings, device)
+        module = objective.trained_modules()
         strategy = make_strategy(objective, optimizer, settings, device, world, masters)
         self._parts = RunParts(objective, settings, run, device, module, optimizer, strategy)
         # Counted now: some strategies cut parameters up.

@@ -18,10 +18,11 @@ class WatchSettings(Config):
     mfu: bool = True
     """Log ``mfu``, the share of the device's measured peak that the model's operations make up."""
     memory_dialogues: int = Field(default=8, ge=0)
-    """Validation dialogues (rows, for a language model) on which the loss by turn and the use of
-    the memory are measured; 0 = none."""
+    """Validation dialogues on which the loss by turn and the use of the memory are measured;
+    0 = none. Stage ``lm`` has neither turns nor a memory and does not read it."""
     sample_dialogues: int = Field(default=2, ge=0)
-    """Validation dialogues that the model holds itself, written to ``samples.jsonl``; 0 = none."""
+    """Validation dialogues that the model holds itself (beginnings of rows that a language model
+    goes on with), written to ``samples.jsonl``; 0 = none."""
     sample_turns: int = Field(default=4, gt=0)
     """Turns of such a dialogue (at most)."""
     sample_tokens: int = Field(default=32, gt=0)

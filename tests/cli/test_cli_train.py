@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import signal
@@ -77,6 +78,28 @@ def test_dry_run_writes_nothing(nano: Path, runs: Path, capsys: pytest.CaptureFi
     for word in ("parameters", "encoder", "tokens a step", "while training", "steps: 3"):
         assert word in out
     assert "vocab_size" not in out.split("model:")[1].split("init_from:")[0]
+
+
+def test_dry_run_finds_what_is_not_there(
+    nano: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a dry run that passes where training would end at once: a logger that is not
+    installed, DeepSpeed that is not, and a file of DeepSpeed that is missing."""
+    zero = ("train.strategy=deepspeed", "train.deepspeed=nowhere.json")
+    missing = {"wandb", "deepspeed"}
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name)
+    )
+    for words, message in (
+        (("train.loggers=[wandb]",), "train.loggers asks for wandb, which is not installed"),
+        (zero, "strategy=deepspeed: the package is not installed"),
+    ):
+        assert train(nano, runs, "20_joint_lm", *OVERRIDES, *words, "--dry-run") == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr("rxlm.training.distributed.zero.require_deepspeed", lambda: None)
+    assert train(nano, runs, "20_joint_lm", *OVERRIDES, *zero, "--dry-run") == 2
+    assert "deepspeed=nowhere.json: cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,44 @@ def test_unfair_conditions_are_said(tmp_path: Path) -> None:
         assert word in notes
 
 
+def test_nothing_in_common_is_no_agreement(tmp_path: Path) -> None:
+    """Catches "no difference found" where no validation metric could be compared at all."""
+    a = make_run(tmp_path / "a", losses=(3.0, 1.0))
+    b, c = (make_run(tmp_path / name, losses=(3.0, 9.0)) for name in "bc")
+    for run, name in ((b, None), (c, "accuracy")):
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        kept = [
+            {"kind": "validation", "step": item["step"], name: item["loss"]}
+            if item["kind"] == "validation"
+            else item
+            for item in records
+            if name or item["kind"] == "train"
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in kept))
+    (verdict,) = compare([a, b])["stages"][""]["verdict"]
+    assert "no validation metric in common" in verdict
+    assert "loss (only A)" in verdict
+    assert "no difference found" not in verdict
+    section = compare([a, c])["stages"][""]
+    assert "accuracy (only B), loss (only A)" in section["verdict"][0]
+    assert any("accuracy (only B)" in note for note in section["notes"])
+
+
+def test_what_changes_no_result_makes_no_column(tmp_path: Path) -> None:
+    """Catches a setting that a stage may be resumed with (it decides no result) but that keeps
+    runs of one recipe apart here."""
+    folders = []
+    for seed, (workers, cache) in enumerate(((1, None), (4, "auto"))):
+        train = {"seed": seed, "steps": 20, "prefetch_workers": workers, "prefetch": workers}
+        config = {"train": train, "data": {"text": "a.txt", "token_cache": cache}}
+        folders.append(make_run(tmp_path / str(seed), config=config))
+    changed = make_run(tmp_path / "b", config={"train": {"seed": 0, "steps": 20, "lr": 1.0}})
+    section = compare([*folders, changed])["stages"][""]
+    assert [len(column["runs"]) for column in section["columns"]] == [2, 1]
+    settings = [item["setting"] for item in compare(folders)["stages"][""]["config"]]
+    assert settings == ["train.seed"]
+
+
 def test_validation_points_get_tokens_and_time(tmp_path: Path) -> None:
     """Catches validations drawn at time zero, and interpolation in the wrong interval."""
     records = [

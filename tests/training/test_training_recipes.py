@@ -157,5 +157,8 @@ def test_only_what_decides_the_result_counts_as_a_change(folder: Path) -> None:
     same = ("train.log_every=3", "train.threads=2", "train.device=cpu", "tokenizer.vocab_size=300",
             "evaluation.recall.dialogues=7")  # fmt: skip
     assert values(*same) == values()
+    also = ("data.token_cache=auto", "train.prefetch=4", "train.prefetch_workers=4",
+            "train.keep_best=0", "train.watch.mfu=false")  # fmt: skip
+    assert values(*also) == values()
     for override in ("train.lr=0.1", "data.seed=3", "objective.turns=2", "model.decoder.ff_dim=9"):
         assert values(override) != values()

@@ -7,11 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from rxlm.training.held_bytes import HeldBytes
+from rxlm.training.distributed.strategy import Strategy, put_on_device
+from rxlm.training.held_bytes import HeldBytes, peak_of
+from rxlm.training.objective import Objective
+from rxlm.training.objectives.curriculum import Curriculum, Phase
+from rxlm.training.objectives.memory_aware import MemoryAwareObjective, MemoryAwareSettings
+from rxlm.training.settings import TrainSettings
+from rxlm.training.step_estimate import estimate_step
+from rxlm.training.update import run_update
 
 SCRIPT = Path(__file__).with_name("step_memory.py")
 
@@ -65,3 +73,48 @@ def test_held_bytes_follow_storages() -> None:
         del product, row
     assert counter.held == 40_000, "the gradient"
     assert counter.peak >= 120_000
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_pure"])
+def test_a_measured_peak_is_that_of_an_update(toy: ModuleType, precision: str) -> None:
+    """Catches masters that are forgotten, and a pass that is not the one that trains: a whole
+    micro-batch gives the bytes of an update exactly."""
+    settings, device = TrainSettings(steps=2, precision=precision), torch.device("cpu")
+    estimate = estimate_step(toy.ToyObjective(width=64), settings, device)
+    assert estimate.share == 1
+    objective = toy.ToyObjective(width=64)
+    optimizer, masters = put_on_device(objective, settings, device)
+    strategy = Strategy(objective, optimizer, settings, device, masters=masters)
+    batch = objective.batch(0, 0)
+    run_update(strategy, [batch], 0, device)
+    kept = [*objective.model.parameters()]
+    kept += [part for values in optimizer.state.values() for part in values.values()]
+    # Weights in bfloat16 have masters of four bytes a number.
+    static = sum(item.numel() * item.element_size() for item in kept)
+    static += sum(4 * item.numel() for item in kept if item.dtype == torch.bfloat16)
+    strategy.begin_update([])
+
+    def compute() -> None:
+        strategy.compute(batch, 0, is_last=True)
+
+    passes = peak_of(compute, device)
+    step = peak_of(strategy.step, device)
+    gradients = sum(4 * item.numel() for item in strategy.gradients().values())
+    assert estimate.peak_bytes == static + max(passes, gradients + step)
+
+
+def test_phases_are_entered_one_after_the_other() -> None:
+    """Catches a curriculum that is estimated in its first phase only, and steps that do not add up
+    to those of the run."""
+    phases = (
+        Phase(turns=1, dialogues=2, steps=3),
+        Phase(turns=2, dialogues=2, steps=4),
+        Phase(turns=3, dialogues=2),
+    )
+    objective = MemoryAwareObjective.__new__(MemoryAwareObjective)
+    objective.settings = MemoryAwareSettings(phases=phases)
+    objective.curriculum = Curriculum(phases)
+    found = [(steps, objective.curriculum.phase(0)[1].turns) for steps in objective.each_phase(10)]
+    assert found == [(3, 1), (4, 2), (3, 3)]
+    assert [*objective.each_phase(2)] == [2]
+    assert [*Objective.each_phase(objective, 7)] == [7]

@@ -15,9 +15,15 @@ from safetensors.torch import load_file
 from rxlm.errors import RunError
 from rxlm.training.checkpoint import find_latest
 from rxlm.training.metrics import read_metrics
-from rxlm.training.watching.failures import is_out_of_memory
+from rxlm.training.objective import Objective
+from rxlm.training.objectives.language_modeling import LMObjective
+from rxlm.training.objectives.memory_aware import MemoryAwareObjective
+from rxlm.training.objectives.sft import SFTObjective
+from rxlm.training.settings import TrainSettings
+from rxlm.training.watching import utilization
+from rxlm.training.watching.failures import is_out_of_memory, memory_reported
 from rxlm.training.watching.samples import read_samples
-from rxlm.training.watching.utilization import PEAK_FILE, count_forward
+from rxlm.training.watching.utilization import PEAK_FILE, count_forward, measured_peak
 
 OFF = {"mfu": False, "memory_dialogues": 0, "sample_dialogues": 0}
 
@@ -63,6 +69,68 @@ def test_mfu_is_operations_over_the_measured_peak(toy: ModuleType, tmp_path: Pat
     expected = line["flops_per_token"] * line["tokens_per_second"] / peak["flops_per_second"]
     assert line["mfu"] == pytest.approx(expected)
     assert "1024 x 1024" in peak["how"]
+
+
+def test_running_out_of_memory_while_counting_is_said(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a traceback, and a run that stays "running" for ever, where mfu needs the memory."""
+    monkeypatch.setattr(utilization, "count_forward", lambda *_: out_of_memory_on_cuda())
+    with pytest.raises(RunError) as caught:
+        toy.train(toy.ToyObjective(), tmp_path, steps=4, log_every=2)
+    message = str(caught.value)
+    assert "measuring mfu after step 2 with 1 micro-batch" in message
+    assert "Set train.watch.mfu=false" in message
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_pure"])
+def test_the_peak_is_that_of_the_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches products in fp32 as the peak of a run in bf16, and a wait of a quarter of a minute
+    where those are slow."""
+    seconds, kinds = [], set()
+
+    def slow(matrix: torch.Tensor) -> float:
+        kinds.add(matrix.dtype)
+        seconds.append(3.4 * (len(matrix) / 1024) ** 3)
+        return seconds[-1]
+
+    monkeypatch.setattr(utilization, "_seconds_of_product", slow)
+    peak = measured_peak.__wrapped__(torch.device("cpu"), precision, 1)
+    assert kinds == {torch.bfloat16}
+    assert sum(seconds) < 3
+    assert "bf16, 1 threads" in peak.how
+    assert "512 x 512" in peak.how
+    assert peak.flops_per_second == pytest.approx(2 * 1024**3 / 3.4)
+    seconds.clear()
+    monkeypatch.setattr(utilization, "_seconds_of_product", lambda matrix: 1e-4)
+    peak = measured_peak.__wrapped__(torch.device("cpu"), "fp32", 1)
+    assert "fp32, 1 threads: fastest of 4 products of matrices 1024 x 1024" in peak.how
+
+
+def test_the_remedy_is_one_of_the_stage() -> None:
+    """Catches advice that ends in an error (a stage without checkpointing), settings that a stage
+    does not have, and nothing more to do after "layers"."""
+
+    def remedy(stage: type[Objective], checkpointing: str) -> str:
+        settings = TrainSettings(steps=1, gradient_checkpointing=checkpointing)
+        with pytest.raises(RunError) as caught:
+            with memory_reported("step 1", [], settings, stage.memory_saving, None):
+                out_of_memory_on_cuda()
+        return str(caught.value)
+
+    said = remedy(LMObjective, "none")
+    for part in ("objective.batch_size", "objective.seq_len", "train.precision=bf16"):
+        assert part in said
+    for part in ("gradient_checkpointing", "dialogues", "turns"):
+        assert part not in said
+    said = remedy(SFTObjective, "none")
+    assert "objective.dialogues" in said
+    assert "gradient_checkpointing=layers (now none)" in said
+    assert "gradient_checkpointing=both (now layers)" in remedy(SFTObjective, "layers")
+    said = remedy(MemoryAwareObjective, "both")
+    assert "gradient_checkpointing" not in said
+    assert "objective.phases" in said
 
 
 def test_clip_rate_is_the_share_of_clipped_updates(toy: ModuleType, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from rxlm.errors import UserError
 from rxlm.training.comparison.costs import Costs, costs_of_run
 from rxlm.training.comparison.curves import Point, better, curves_of
 from rxlm.training.comparison.effect import effect
-from rxlm.training.comparison.runs import NOT_THE_RECIPE, Run, by_stage, read_targets
+from rxlm.training.comparison.runs import Run, by_stage, read_targets
 from rxlm.training.metrics import TIMING_FIELDS
+from rxlm.training.settings import deciding_values
 
 SCHEMA = "rxlm-comparison/1"
 NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -61,15 +62,16 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
     columns = columns_of(runs)
     described = [_column(name, group) for name, group in zip(NAMES, columns, strict=False)]
     metrics = _metrics(columns)
+    left_out = _left_out(columns)
     identical = all(_content(run) == _content(runs[0]) for run in runs[1:])
     return {
         "stage": runs[0].stage,
         "columns": described,
         "config": _config_differences(columns),
-        "notes": _notes(columns, described),
+        "notes": _notes(columns, described, left_out),
         "identical": identical,
         "metrics": metrics,
-        "verdict": _verdict(described, metrics, identical),
+        "verdict": _verdict(described, metrics, identical, left_out),
     }
 
 
@@ -149,6 +151,20 @@ def _metrics(columns: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _left_out(columns: Sequence[Sequence[Run]]) -> list[str]:
+    """Return the validation metrics that only some columns have, and which those are."""
+    names = [
+        {name for run in group for kind, name in curves_of(run.records) if kind == "validation"}
+        for group in columns
+    ]
+    found = []
+    for name in sorted(set().union(*names) - _NOT_COMPARED):
+        have = [letter for letter, known in zip(NAMES, names, strict=False) if name in known]
+        if len(have) < len(columns):
+            found.append(f"{name} (only {', '.join(have)})")
+    return found
+
+
 def _best(group: Sequence[Sequence[Point]], goal: str) -> dict[str, float]:
     """Return the best value of all runs of a column, and its step."""
     choose = min if goal == "min" else max
@@ -178,14 +194,15 @@ def _content(run: Run) -> list[dict[str, Any]]:
 def _config_differences(columns: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
     """Return the settings that are not the same in all columns (seeds only between single runs)."""
     single = all(len(group) == 1 for group in columns)
-    flat = [_leaves(group[0].config if single else group[0].recipe) for group in columns]
+    flat = [
+        _leaves(deciding_values(group[0].config) if single else group[0].recipe)
+        for group in columns
+    ]
     keys = sorted({key for values in flat for key in values})
     return [
         {"setting": key, "values": [values.get(key) for values in flat]}
         for key in keys
-        if key not in {f"train.{name}" for name in NOT_THE_RECIPE}
-        and not key.startswith("train.watch.")
-        and len({json.dumps(values.get(key), default=str) for values in flat}) > 1
+        if len({json.dumps(values.get(key), default=str) for values in flat}) > 1
     ]
 
 
@@ -198,9 +215,15 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
-def _notes(columns: Sequence[Sequence[Run]], described: Sequence[Mapping[str, Any]]) -> list[str]:
+def _notes(
+    columns: Sequence[Sequence[Run]],
+    described: Sequence[Mapping[str, Any]],
+    left_out: Sequence[str],
+) -> list[str]:
     """Say in words what keeps the comparison from being one of the recipes alone."""
     notes = []
+    if left_out:
+        notes.append(f"validation metrics that not all have are left out: {', '.join(left_out)}")
     costs: list[Costs | None] = [costs_of_run(group[0].path) for group in columns]
     known = [item for item in costs if item is not None]
     if len(known) == len(costs):
@@ -254,16 +277,25 @@ def _differs(what: str, values: Sequence[Any]) -> list[str]:
 
 
 def _verdict(
-    described: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], identical: bool
+    described: Sequence[Mapping[str, Any]],
+    metrics: Sequence[Mapping[str, Any]],
+    identical: bool,
+    left_out: Sequence[str],
 ) -> list[str]:
     """Say for each later column where it differs from the first for sure."""
     first = described[0]["name"]
     if identical:
         names = ", ".join(column["name"] for column in described)
         return [f"{names}: no difference found; every metric of every line is the same."]
+    rows = [row for row in metrics if row["kind"] == "validation" and row["better"]]
+    if not rows:
+        names = ", ".join(column["name"] for column in described)
+        common = [row["metric"] for row in metrics if row["kind"] == "validation"]
+        left_out = [*left_out, *(f"{name} (neither less nor more is better)" for name in common)]
+        why = f" (left out: {', '.join(left_out)})" if left_out else ""
+        return [f"{names}: not compared, they have no validation metric in common{why}."]
     sentences = []
     for index, column in enumerate(described[1:]):
-        rows = [row for row in metrics if row["kind"] == "validation" and row["better"]]
         verdicts = [(row, row["effects"][index]) for row in rows]
         sure = [(row, item) for row, item in verdicts if item["verdict"] == "differs"]
         name = column["name"]

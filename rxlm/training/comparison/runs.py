@@ -11,16 +11,9 @@ from rxlm.errors import UserError
 from rxlm.training.metrics import read_metrics
 from rxlm.training.recipe import load_mapping
 from rxlm.training.run_folder import STATUS_FILE, read_status
+from rxlm.training.settings import deciding_values
 from rxlm.training.watching.samples import read_samples
 
-NOT_THE_RECIPE = frozenset(
-    {
-        "device", "threads", "prefetch", "gradient_checkpointing", "strategy", "deepspeed",
-        "log_every", "save_every", "keep_last", "keep_best", "loggers", "wandb_project",
-        "trackio_project", "watch",
-    }
-)  # fmt: skip
-"""Settings of ``train`` that say where and how a run is made, not what is trained."""
 _SEED = "seed"
 
 
@@ -44,12 +37,7 @@ class Run(NamedTuple):
         values = {
             key: value for key, value in self.config.items() if key not in ("evaluation", "watch")
         }
-        train = values.get("train")
-        if isinstance(train, Mapping):
-            values["train"] = {
-                key: value for key, value in train.items() if key not in NOT_THE_RECIPE
-            }
-        without: dict[str, Any] = _without_seeds(values)
+        without: dict[str, Any] = _without_seeds(deciding_values(values))
         return without
 
     @property

@@ -23,6 +23,7 @@ from rxlm.training.distributed.world import World
 from rxlm.training.master_weights import MasterWeights, broadcast, mean_gradients
 from rxlm.training.objective import Objective, StepOutput
 from rxlm.training.optim import (
+    build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
     trainable_parameters,
@@ -43,6 +44,27 @@ class LossModule(nn.Module):
         """Return the loss of a micro-batch that is on the device."""
         with autocast(self._device, self._settings.precision):
             return self._objective.loss(batch, step)
+
+
+def put_on_device(
+    objective: Objective, settings: TrainSettings, device: torch.device
+) -> tuple[torch.optim.Optimizer, MasterWeights | None]:
+    """Make an objective ready to be trained as the settings say.
+
+    Returns:
+        the optimizer, and the masters of weights that are bfloat16.
+
+    Raises:
+        UserError: when nothing is trainable, or the stage cannot be trained like that.
+    """
+    objective.set_gradient_checkpointing(
+        layers=settings.gradient_checkpointing in ("layers", "both"),
+        turns=settings.gradient_checkpointing in ("turns", "both"),
+    )
+    module = objective.trained_modules().to(device)
+    masters = MasterWeights(module) if settings.precision == "bf16_pure" else None
+    groups = objective.parameter_groups(settings)
+    return build_optimizer(module, groups, settings, masters), masters
 
 
 class Strategy:

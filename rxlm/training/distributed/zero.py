@@ -25,6 +25,7 @@ from rxlm.training.distributed.sharding import num_local_micro_batches
 from rxlm.training.distributed.strategy import LossModule, Strategy
 from rxlm.training.objective import StepOutput
 from rxlm.training.optim import trainable_parameters
+from rxlm.training.settings import TrainSettings
 
 OURS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -58,6 +59,14 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
             f"deepspeed={path}: zero_optimization.stage is {stage}, expected 1, 2 or 3."
         )
     return content
+
+
+def check_deepspeed(settings: TrainSettings) -> None:
+    """Raise ``UserError`` if the settings ask for DeepSpeed and it or its file cannot be used."""
+    if settings.strategy == "deepspeed":
+        require_deepspeed()
+        assert settings.deepspeed is not None, "checked by TrainSettings"
+        read_deepspeed_file(settings.deepspeed)
 
 
 def require_deepspeed() -> None:

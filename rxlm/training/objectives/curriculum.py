@@ -73,6 +73,10 @@ class Curriculum:
         self._accuracy = None
         return True
 
+    def enter(self, index: int) -> None:
+        """Begin phase ``index`` at step 0, as if those before it were over."""
+        self._starts, self._accuracy = [0] * (index + 1), None
+
     @property
     def starts(self) -> list[int]:
         """First step of every phase entered so far: all that batches depend on."""

@@ -147,20 +147,25 @@ class JointLMObjective(ModelObjective):
         self.turns = turns
         self.settings = settings
         self.seed, self.accumulation = seed, accumulation
+        if not self._unrolls_turns():
+            self.memory_saving = self.memory_saving._replace(checkpointing=("layers",))
         self._masker = TokenMasker(
             turns.tokenizer, settings.mask_probability, settings.mask_replacement
         )
 
     def set_gradient_checkpointing(self, *, layers: bool, turns: bool) -> None:
         """As for every stage; there are turns here only if a decoder carries a state."""
-        in_turns = self.model.decoder.carries_state and self.settings.context == "previous"
-        if turns and not in_turns:
+        if turns and not self._unrolls_turns():
             logger.warning(
                 "gradient_checkpointing of turns has no effect in stage %s: there is no memory, "
                 "and no state is carried from turn to turn",
                 self.name,
             )
         super().set_gradient_checkpointing(layers=layers, turns=turns)
+
+    def _unrolls_turns(self) -> bool:
+        """Return whether the decoder goes from turn to turn with a state."""
+        return self.model.decoder.carries_state and self.settings.context == "previous"
 
     def batch(self, step: int, micro_step: int) -> JointBatch:
         """Return the batch of a step: a pure function of seed, step and micro-step."""

@@ -25,7 +25,7 @@ from rxlm.lm.language_model import LanguageModel
 from rxlm.ops.padding import padded
 from rxlm.tokenization.template import EncodedTurn
 from rxlm.training.device import move_to_device
-from rxlm.training.objective import Objective, StepOutput
+from rxlm.training.objective import MemorySaving, Objective, StepOutput
 from rxlm.training.objectives.row_windows import RowSource
 from rxlm.training.objectives.stream_rows import StreamRows
 from rxlm.training.watch import Watched, WatchSettings
@@ -126,6 +126,7 @@ class LMObjective(Objective):
     """
 
     name = "lm"
+    memory_saving = MemorySaving(lengths="a shorter objective.seq_len")
 
     def __init__(
         self,
@@ -223,11 +224,20 @@ class LMObjective(Objective):
         return self.train_rows.state_dict() if isinstance(self.train_rows, StreamRows) else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on in the stream where :meth:`state_dict` was."""
-        if not isinstance(self.train_rows, StreamRows):
-            super().load_state_dict(state)
+        """Go on in the stream where :meth:`state_dict` was.
+
+        Raises:
+            UserError: for the place in a stream, where no stream is read.
+        """
+        if isinstance(self.train_rows, StreamRows):
+            if state:
+                self.train_rows.load_state_dict(state)
         elif state:
-            self.train_rows.load_state_dict(state)
+            raise UserError(
+                "data.streaming=false: the run in this folder read a stream, and its checkpoint "
+                "says where in that it was. Resume with data.streaming=true and the same data, or "
+                "train into another folder (init_from takes the weights along)."
+            )
 
     def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Take each lane of a stream from the process that read it."""

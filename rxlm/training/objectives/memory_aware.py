@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,10 @@ class MemoryAwareObjective(ModelObjective):
     """Cross-entropy of answers read from the memory of the turns before them."""
 
     name = "memory_aware"
+    memory_saving = ModelObjective.memory_saving._replace(
+        batch="dialogues of the phase, in objective.phases",
+        lengths="fewer turns in objective.phases or a shorter seq_len of the model",
+    )
 
     def __init__(
         self,
@@ -250,6 +254,17 @@ class MemoryAwareObjective(ModelObjective):
             measures = memory_use(self.model, self.to_device(batch))
         samples = held_conversations(self.model, self.valid_source, settings)
         return Watched(measures, samples)
+
+    def each_phase(self, num_steps: int) -> Iterator[int]:
+        """Enter each phase of the curriculum; yield the most steps that it may last."""
+        left = num_steps
+        last = len(self.settings.phases) - 1
+        for index, phase in enumerate(self.settings.phases):
+            steps = left if index == last or phase.steps is None else min(left, phase.steps)
+            if steps:
+                self.curriculum.enter(index)
+                yield steps
+            left -= steps
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curriculum's state."""

@@ -21,7 +21,7 @@ from rxlm.storage.model_folder import WEIGHTS_FILE
 from rxlm.storage.weights import copy_weights, distinct_tensors
 from rxlm.tokenization import Tokenizer
 from rxlm.training.device import move_to_device
-from rxlm.training.objective import Objective
+from rxlm.training.objective import MemorySaving, Objective
 
 COMPONENTS = ("encoder", "decoder", "memory_attention")
 """The components of the model that a stage can train."""
@@ -42,6 +42,12 @@ class ModelObjective(Objective):
     Raises:
         UserError: if the tokenizer is not the model's, or its vocabulary is not.
     """
+
+    memory_saving = MemorySaving(
+        "objective.dialogues",
+        "a smaller objective.turns or a shorter seq_len of the model",
+        ("layers", "both"),
+    )
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rxlm.errors import RunError
+from rxlm.training.objective import MemorySaving
 from rxlm.training.settings import TrainSettings
 
 _SAID_BY_ALLOCATORS = re.compile(r"can't allocate memory|not enough memory|out of memory", re.I)
@@ -34,7 +35,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_reported(
-    doing: str, batches: Sequence[Any], settings: TrainSettings, checkpoint: Path | None
+    doing: str,
+    batches: Sequence[Any],
+    settings: TrainSettings,
+    saving: MemorySaving,
+    checkpoint: Path | None,
+    first_remedy: str | None = None,
 ) -> Iterator[None]:
     """Turn running out of memory inside the block into one message.
 
@@ -42,7 +48,9 @@ def memory_reported(
         doing: such as ``step 12``.
         batches: the micro-batches that were being computed; empty: not known.
         settings: of the run.
+        saving: which settings of the stage save memory.
         checkpoint: the newest one; nothing inside the block may touch it.
+        first_remedy: what helps before all else, such as ``set a=b``.
 
     Raises:
         RunError: in place of the allocator's error.
@@ -54,9 +62,10 @@ def memory_reported(
             raise
         what = f" with {describe_batches(batches)}" if batches else ""
         said = str(error).strip().split("\n")[0]
+        remedy = _remedy(settings, saving, first_remedy)
         raise RunError(
-            f"{doing}{what}: out of memory. {_remedy(settings)} Then start the same command again: "
-            f"it will resume from {where_to_resume(checkpoint)}. (The allocator said: {said})"
+            f"{doing}{what}: out of memory. {remedy} Then start the same command again: it will "
+            f"resume from {where_to_resume(checkpoint)}. (The allocator said: {said})"
         ) from error
 
 
@@ -78,20 +87,22 @@ def describe_batches(batches: Sequence[Any]) -> str:
     return f"{text} of {numbers:,} numbers in all (largest: {kind} {list(largest.shape)})"
 
 
-def _remedy(settings: TrainSettings) -> str:
-    advice = [
-        "halve the batch (objective.dialogues, objective.batch_size, or dialogues of the phase) "
-        f"and double train.accumulation (now {settings.accumulation}), which leaves the update "
-        "as it is"
-    ]
-    if settings.gradient_checkpointing in ("none", "turns"):
-        better = "layers" if settings.gradient_checkpointing == "none" else "both"
-        advice.append(
-            f"set train.gradient_checkpointing={better} (now {settings.gradient_checkpointing})"
-        )
+def _remedy(settings: TrainSettings, saving: MemorySaving, first: str | None) -> str:
+    advice = [] if first is None else [first]
+    advice.append(
+        f"halve the batch ({saving.batch}) and double train.accumulation (now "
+        f"{settings.accumulation}), which leaves the update as it is"
+    )
+    now = settings.gradient_checkpointing
+    more = saving.checkpointing
+    if now in more:
+        more = more[more.index(now) + 1 :]
+    if more and now != "both":
+        advice.append(f"set train.gradient_checkpointing={more[0]} (now {now})")
     if settings.precision == "fp32":
         advice.append("set train.precision=bf16 (now fp32)")
-    advice.append("take fewer turns or a shorter seq_len")
+    if saving.lengths is not None:
+        advice.append(f"take {saving.lengths}")
     text = "; or ".join(advice)
     return f"{text[0].upper()}{text[1:]}."
 

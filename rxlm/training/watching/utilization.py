@@ -7,15 +7,18 @@ attention as products of whole matrices (causal or not). A backward pass costs t
 pass, so that what trains counts three times and a frozen component, which needs no backward pass,
 once; what gradient checkpointing computes again does not count (PaLM, arXiv 2204.02311, appendix
 B). They are counted on one batch whenever the objective enters a new phase, so ``mfu`` is as exact
-as the mean length of that batch. *Peak* is measured: the fastest of a few large matrix products of
-this device in the precision of the run, not a data sheet's number. Elementwise work is not counted,
-neither above nor below: on a CPU a small model that never waits still stays far under 1.
+as the mean length of that batch. Counting computes that forward pass once more, without a graph and
+with the kernels of a step, so that it holds less than a step. *Peak* is measured: the fastest of a
+few large matrix products of this device in the precision of the run, not a data sheet's number.
+Elementwise work is not counted, neither above nor below: on a CPU a small model that never waits
+still stays far under 1.
 
 Not here: tokens per second (the loop knows them).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -26,7 +29,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -41,7 +45,12 @@ logger = logging.getLogger(__name__)
 PEAK_FILE = "peak.json"
 """In the run folder: the measured peak, and how it was measured."""
 _SIZES = {"cpu": 1024, "cuda": 8192}
+_SMALLEST = 128
+_LONGEST = 0.5
+"""Seconds that a product may take; where it would take longer, a smaller one is measured (on a CPU
+without bfloat16 arithmetic those products are a hundred times slower)."""
 _REPETITIONS = 4
+_QKV = ("query", "key", "value")
 
 
 class Peak(NamedTuple):
@@ -70,36 +79,103 @@ def measured_peak(device: torch.device, precision: str, num_threads: int) -> Pea
 
     Args:
         device: which.
-        precision: ``fp32`` or ``bf16``.
+        precision: of a run: ``fp32``, ``bf16`` or ``bf16_pure``.
         num_threads: CPU threads that are in use (part of what is measured on a CPU).
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    size = _SIZES.get(device.type, 1024)
-    # Constants: this must not draw random numbers.
-    left = torch.full((size, size), 0.5, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(1 + _REPETITIONS):
-        _synchronize(device)
-        begin = time.perf_counter()
-        left @ left
-        _synchronize(device)
-        seconds.append(time.perf_counter() - begin)
+    kind = "fp32" if precision == "fp32" else "bf16"
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    largest = _SIZES.get(device.type, 1024)
+    size = min(_SMALLEST, largest)
+    while True:
+        # Constants: this must not draw random numbers.
+        matrix = torch.full((size, size), 0.5, dtype=dtype, device=device)
+        # The first one also loads what it needs.
+        fastest = min(_seconds_of_product(matrix) for _ in range(2))
+        if size == largest or 8 * fastest > _LONGEST:
+            break
+        size *= 2
+    fastest = min(fastest, *(_seconds_of_product(matrix) for _ in range(_REPETITIONS - 1)))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = f", {num_threads} threads" if device.type == "cpu" else ""
-    how = (
-        f"{name}, {precision}{threads}: fastest of {_REPETITIONS} products of matrices "
-        f"{size} x {size}"
-    )
-    return Peak(2.0 * size**3 / min(seconds[1:]), how)
+    how = f"{name}, {kind}{threads}: fastest of {_REPETITIONS} products of matrices {size} x {size}"
+    return Peak(2.0 * size**3 / fastest, how)
 
 
-class OperationCounter(TorchDispatchMode):
-    """Adds up the operations of matrix products (torch's own ``FlopCounterMode`` cannot follow
-    modules that return parameters without a gradient, and skips attention on the CPU)."""
+def _seconds_of_product(matrix: torch.Tensor) -> float:
+    _synchronize(matrix.device)
+    begin = time.perf_counter()
+    matrix @ matrix
+    _synchronize(matrix.device)
+    return time.perf_counter() - begin
+
+
+class OperationCounter(contextlib.AbstractContextManager["OperationCounter"]):
+    """Adds up the operations of the matrix products inside its block.
+
+    Softmax attention counts as its two products of whole matrices, whichever kernel computes it
+    and whatever that pads or leaves out. (torch's own ``FlopCounterMode`` cannot follow modules
+    that return parameters without a gradient, and skips attention on the CPU.)
+
+    Attributes:
+        total: operations so far.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
         self.total = 0
+        self._in_attention = False
+        self._modes = contextlib.ExitStack()
+
+    def __enter__(self) -> OperationCounter:
+        self._modes.enter_context(_Products(self))
+        self._modes.enter_context(_Attention(self))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._modes.close()
+
+    def add(self, num_operations: int) -> None:
+        """Add what an operator outside attention does; inside it nothing counts twice."""
+        if not self._in_attention:
+            self.total += num_operations
+
+    @contextlib.contextmanager
+    def attention(self) -> Iterator[None]:
+        """Leave the products of a block out: :meth:`add` has told of them as a whole."""
+        self._in_attention = True
+        try:
+            yield
+        finally:
+            self._in_attention = False
+
+
+class _Attention(TorchFunctionMode):
+    """Counts calls of ``scaled_dot_product_attention``."""
+
+    def __init__(self, counter: OperationCounter) -> None:
+        super().__init__()
+        self._counter = counter
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        options = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **options)
+        query, key, value = (*args, *(options[name] for name in _QKV[len(args) :]))[:3]
+        with self._counter.attention():
+            output = func(*args, **options)
+        # [..., T, S] scores of K numbers each, then [..., T, V] sums of S numbers each.
+        products = output.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        self._counter.add(2 * products)
+        return output
+
+
+class _Products(TorchDispatchMode):
+    """Counts what torch has a formula for."""
+
+    def __init__(self, counter: OperationCounter) -> None:
+        super().__init__()
+        self._counter = counter
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -107,14 +183,14 @@ class OperationCounter(TorchDispatchMode):
         options = kwargs or {}
         packet = func._overloadpacket
         if packet not in flop_registry:
-            # Composite operators, such as attention, are counted by their parts.
+            # Composite operators are counted by their parts.
             with self:
                 output = func.decompose(*args, **options)
             if output is not NotImplemented:
                 return output
         output = func(*args, **options)
         if packet in flop_registry:
-            self.total += int(flop_registry[packet](*args, **options, out_val=output))
+            self._counter.add(int(flop_registry[packet](*args, **options, out_val=output)))
         return output
 
 
@@ -152,7 +228,6 @@ def count_forward(
             isolated_random_state(0),
             torch.no_grad(),
             autocast(device, precision),
-            sdpa_kernel(SDPBackend.MATH),
             counter,
         ):
             output = objective.loss(move_to_device(batch, device), step)

@@ -221,6 +221,38 @@ def test_streaming_run_resumes_exactly(
     assert status["data"]["train"]["records"] > 20
 
 
+def test_a_stream_that_holds_nothing_out_says_so(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    """Catches a message about readers where a text is too short for its held-out share."""
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:19]))
+    settings = RowSettings(tiny_tokenizer, 40)
+    data = DataConfig(text=str(path), streaming=True)
+    with pytest.raises(UserError, match=r"19 record.*one in 20.*valid_fraction=0\.05") as caught:
+        open_stream(data, settings, 1, 10)
+    assert "data.streaming=false" in str(caught.value)
+    open_stream(data.model_copy(update={"valid_fraction": 0.1}), settings, 1, 10)
+    (tmp_path / "few.valid.jsonl").write_text(json.dumps({"text": "Held out."}) + "\n")
+    folder = DataConfig(text=str(tmp_path), streaming=True)
+    assert open_stream(folder, settings, 1, 10)[1].size(1) == 1
+
+
+def test_a_stream_is_not_resumed_without_streaming(
+    tmp_path: Path, corpus: str, tiny_tokenizer: Tokenizer
+) -> None:
+    """Catches an internal error where a setting was changed."""
+    data = DataConfig(text=corpus, streaming=True, stream_block=7)
+    rows, valid = open_stream(data, RowSettings(tiny_tokenizer, 40), 1, 10)
+    for source, steps in ((rows, 1), (valid, 2)):
+        objective = make(source, valid, tiny_tokenizer, 2)
+        run = RunFolder.open(tmp_path / "run", "lm", {})
+        settings = TrainSettings(steps=steps, threads=1, loggers=[], watch={"mfu": False})
+        if source is rows:
+            Trainer(objective, settings, run).train()
+        else:
+            with pytest.raises(UserError, match=r"data\.streaming=true"):
+                Trainer(objective, settings, run).train()
+
+
 def test_mixture_rows(tmp_path: Path, corpus: str, tiny_tokenizer: Tokenizer) -> None:
     """Catches a source read in another order than alone, and a run that goes on after its mixture
     has ended."""

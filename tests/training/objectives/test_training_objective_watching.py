@@ -10,18 +10,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
+from rxlm.lm import LanguageModel
 from rxlm.nn.attention import Attention, AttentionSettings
 from rxlm.rxt.accounting import encoder_token_operations
 from rxlm.rxt.unroll import EncodedTurns, answer_with_memory, encode_turns, scan_memory
 from rxlm.training.checkpoint import find_latest
+from rxlm.training.distributed.strategy import Strategy, put_on_device
+from rxlm.training.held_bytes import peak_of
 from rxlm.training.metrics import read_metrics
 from rxlm.training.objectives.curriculum import Phase
+from rxlm.training.objectives.language_modeling import LMObjective, LMSettings
 from rxlm.training.objectives.memory_aware import MemoryAwareObjective, MemoryAwareSettings
+from rxlm.training.objectives.row_windows import TextRows
 from rxlm.training.objectives.sft import SFTObjective, SFTSettings
 from rxlm.training.run_folder import RunFolder
 from rxlm.training.settings import TrainSettings
 from rxlm.training.trainer import Trainer
+from rxlm.training.update import run_update
 from rxlm.training.watch import WatchSettings
 from rxlm.training.watching.memory_use import (
     attention_weights,
@@ -30,7 +37,7 @@ from rxlm.training.watching.memory_use import (
     write_measures,
 )
 from rxlm.training.watching.samples import read_samples
-from rxlm.training.watching.utilization import OperationCounter
+from rxlm.training.watching.utilization import OperationCounter, count_forward
 
 SETTINGS = MemoryAwareSettings(phases=(Phase(turns=3, dialogues=4),), validation_dialogues=4)
 
@@ -158,3 +165,50 @@ def test_counted_operations_are_those_of_the_accounting(tiny: Any) -> None:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), OperationCounter() as counter:
         encoder(ids, torch.ones_like(ids, dtype=torch.bool))
     assert counter.total == 32 * encoder_token_operations(encoder, 32)
+
+
+def test_checkpointing_of_turns_is_advised_where_there_are_any(tiny: Any) -> None:
+    """Catches advice to compute turns again in a stage where that has no effect (a warning)."""
+    sft = tiny.objective(SFTObjective, SFTSettings(turns=3, dialogues=2))
+    assert sft.memory_saving.checkpointing == ("layers",)
+    aware = tiny.objective(MemoryAwareObjective, SETTINGS)
+    assert aware.memory_saving.checkpointing == ("layers", "both")
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_attention_counts_the_same_whichever_kernel(backend: SDPBackend) -> None:
+    """Catches attention that is counted twice (as a whole and by its parts) or, in a kernel without
+    a formula, not at all; grouped heads; and products outside that are missed."""
+    q, k = torch.ones(2, 4, 5, 8), torch.ones(2, 2, 7, 8)
+    v = torch.ones(2, 2, 7, 8)
+    with torch.no_grad(), sdpa_kernel(backend), OperationCounter() as counter:
+        if backend == SDPBackend.MATH:
+            scaled_dot_product_attention(q, k, value=v, enable_gqa=True)
+        else:
+            k, v = (item.repeat_interleave(2, dim=1) for item in (k, v))
+            scaled_dot_product_attention(query=q, key=k, value=v)
+        q @ k.transpose(-1, -2)[:, :1]
+    assert counter.total == 2 * (2 * 4 * 5 * 7 * (8 + 8)) + 2 * (2 * 4 * 5 * 7 * 8)
+
+
+def test_counting_needs_less_memory_than_a_step(tiny: Any) -> None:
+    """Catches scores of all pairs of tokens (T x T), which no step holds: a run that fits must not
+    run out of memory at its first log line."""
+    length = 512
+    config = {
+        "vocab_size": tiny.tokenizer.vocab_size, "attention": "softmax", "num_heads": 8, "dim": 32,
+        "depth": 1, "ff_dim": 32, "max_seq_len": length,
+    }  # fmt: skip
+    rows = TextRows(["A long text about nothing. " * 400], tiny.tokenizer, length)
+    objective = LMObjective(
+        LanguageModel(config, tiny.tokenizer), rows, rows, LMSettings(batch_size=2, num_buckets=1)
+    )
+    settings, device = TrainSettings(steps=1), torch.device("cpu")
+    optimizer, _ = put_on_device(objective, settings, device)
+    strategy = Strategy(objective, optimizer, settings, device)
+    batch = objective.batch(0, 0)
+    assert batch[0].ids.shape[1] > length - 2
+    run_update(strategy, [batch], 0, device)
+    step = peak_of(lambda: run_update(strategy, [batch], 0, device), device)
+    count = peak_of(lambda: count_forward(objective, batch, 0, device, "fp32"), device)
+    assert count < step
