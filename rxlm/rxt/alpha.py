@@ -331,9 +331,18 @@ class RxTAlpha(BatchModel):
         seed: int = 0,
         settings: SamplingSettings | dict[str, Any] | None = None,
         name: str | None = None,
+        *,
+        compile_decode: bool = False,
     ) -> Session:
-        """Return a new conversation with text, history and files of its own."""
-        return Session(self, system=system, seed=seed, settings=settings, name=name)
+        """Return a new conversation with text, history and files of its own; see `Session`."""
+        return Session(
+            self,
+            system=system,
+            seed=seed,
+            settings=settings,
+            name=name,
+            compile_decode=compile_decode,
+        )
 
     # Text to ids and back.
 

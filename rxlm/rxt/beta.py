@@ -223,6 +223,7 @@ class RxTBeta(RxTAlpha):
         thinking_mode: ThinkingMode = "auto",
         tools: Mapping[str, Tool] | None = None,
         max_tool_rounds: int = MAX_TOOL_ROUNDS,
+        compile_decode: bool = False,
     ) -> Session:
         """Return a new conversation with text, history and files of its own.
 
@@ -234,6 +235,7 @@ class RxTBeta(RxTAlpha):
             thinking_mode: of turns that do not choose one.
             tools: what the model may call, by name; None: calls are reported, not run.
             max_tool_rounds: calls that may follow one query.
+            compile_decode: run the steps of answers compiled.
         """
         return Session(
             self,
@@ -244,6 +246,7 @@ class RxTBeta(RxTAlpha):
             thinking_mode=thinking_mode,
             tools=tools,
             max_tool_rounds=max_tool_rounds,
+            compile_decode=compile_decode,
         )
 
     # Text to ids.

@@ -272,8 +272,19 @@ def _compile(decoder: RxTDecoder, device: torch.device) -> Callable[..., tuple[T
     # gets a code object of its own.
     code = decode_step.__code__.replace(co_name="compiled_decode_step")
     own = types.FunctionType(code, decode_step.__globals__)
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
     compiled: Callable[..., tuple[Tensor, Kept]] = torch.compile(
-        own, fullgraph=True, dynamic=False, mode=mode
+        own, fullgraph=True, dynamic=False, options=_options(device)
     )
     return compiled
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if device.type == "cuda":
+        options["triton.cudagraphs"] = True  # mode="reduce-overhead", which excludes options.
+    # What is kept is kept by all that may change of a decoder (the key of ``compiled_step``), and
+    # looking at each of its modules again takes a third of a small model's step.
+    unguarded = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
+    if unguarded is not None:
+        options["guard_filter_fn"] = unguarded
+    return options

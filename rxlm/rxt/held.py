@@ -252,17 +252,21 @@ class HeldConversation(HeldConversations):
         on_early_stop: EarlyStop = "commit",
         seed: int | None = None,
         form: AnswerForm | None = None,
+        compile_decode: bool = False,
     ) -> OpenTurn:
         """Start a turn; one that is still being read ends here, as if its reader had left.
 
         Raises:
-            UserError: if the prompt leaves no room for an answer; nothing changes then.
+            UserError: if the prompt leaves no room for an answer, or there is no compiler for
+                ``compile_decode``; nothing changes then.
         """
         self._end_open_turn()
         start = self._state
         if seed is not None:
             start = start.replaced(seeds=(seed,), draws=(0,))
-        stream = AnswerStream(self.model, start, [prompt], settings, limits, form)
+        stream = AnswerStream(
+            self.model, start, [prompt], settings, limits, form, compile_decode=compile_decode
+        )
         self._open = OpenTurn(self._state, stream, query, on_early_stop)
         return self._open
 

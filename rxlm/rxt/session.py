@@ -29,6 +29,7 @@ from rxlm.errors import UserError
 from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt.answer_form import ThinkingMode
 from rxlm.rxt.conversation import ConversationState
+from rxlm.rxt.decode_step import check_compiler
 from rxlm.rxt.generation import AnswerLimits
 from rxlm.rxt.held import (
     EarlyStop,
@@ -98,6 +99,7 @@ class Session:
         thinking_mode: ThinkingMode | None = None,
         tools: Mapping[str, Tool] | None = None,
         max_tool_rounds: int = MAX_TOOL_ROUNDS,
+        compile_decode: bool = False,
     ) -> None:
         """Start a conversation.
 
@@ -113,9 +115,12 @@ class Session:
             tools: what a model that thinks may call, by name; None: calls are reported, not run.
             max_tool_rounds: calls that may follow one query; a call beyond is refused, and the
                 model answers without another.
+            compile_decode: run the steps of answers compiled: a minute at the first answer of a
+                length, then faster (docs/benchmarks/decode.md). Not saved with the session.
 
         Raises:
-            UserError: for what does not fit, and for thinking or tools with a model that has none.
+            UserError: for what does not fit, for thinking or tools with a model that has none, and
+                for ``compile_decode`` without a compiler.
         """
         model.require_tokenizer()
         if model.thinks:
@@ -135,6 +140,7 @@ class Session:
         )
         self._take(model, stored, undo_depth)
         self.set_tools(tools, max_tool_rounds)
+        self.set_compile_decode(compile_decode)
 
     @classmethod
     def load(
@@ -144,6 +150,7 @@ class Session:
         *,
         tools: Mapping[str, Tool] | None = None,
         max_tool_rounds: int = MAX_TOOL_ROUNDS,
+        compile_decode: bool = False,
     ) -> Session:
         """Return the session saved in ``directory``, as it was; tools are functions, not saved.
 
@@ -156,6 +163,7 @@ class Session:
         )
         session = cls._from(model, stored, max(UNDO_DEPTH, len(stored.history)))
         session.set_tools(tools, max_tool_rounds)
+        session.set_compile_decode(compile_decode)
         return session
 
     @classmethod
@@ -174,6 +182,7 @@ class Session:
         self.undo_depth = undo_depth
         self.thinking_mode = stored.thinking_mode
         self.set_tools(None)
+        self.compile_decode = False
         self._stopping = False
         self._turns = stored.turns
         self._history = stored.history
@@ -196,6 +205,16 @@ class Session:
         if max_tool_rounds < 1:
             raise UserError(f"max_tool_rounds={max_tool_rounds} must be positive.")
         self._tools, self.max_tool_rounds = check_tools(tools), max_tool_rounds
+
+    def set_compile_decode(self, compiled: bool) -> None:
+        """Choose whether the steps of the answers to come run compiled; see the constructor.
+
+        Raises:
+            UserError: if they should and there is no compiler.
+        """
+        if compiled:
+            check_compiler(self.model.device)
+        self.compile_decode = compiled
 
     def set_thinking_mode(self, mode: str) -> None:
         """Choose the thinking mode of the turns to come.
@@ -342,6 +361,7 @@ class Session:
                 query=given.get("query") or "",
                 on_early_stop=options.on_early_stop,
                 form=form,
+                compile_decode=self.compile_decode,
             )
             self._open = turn
             with self._held.reading(turn):
@@ -413,6 +433,7 @@ class Session:
         stored = self._stored()._replace(session_id=uuid.uuid4().hex, name=name)
         session = self._from(self.model, stored, self.undo_depth)
         session._tools, session.max_tool_rounds = self._tools, self.max_tool_rounds
+        session.compile_decode = self.compile_decode
         return session
 
     def save(self, directory: str | Path, overwrite: bool = False) -> None:

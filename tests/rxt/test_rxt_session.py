@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from rxlm.data import load_conversations
 from rxlm.errors import RunError, UserError
 from rxlm.ops.sampling import GREEDY
+from rxlm.rxt.generation import AnswerStream
 from rxlm.rxt.models import RxTAlpha
 from rxlm.rxt.session import MemoryUpdated, Session, Stats, TextDelta, TurnEnd
 from rxlm.rxt.session_files import META_FILE, SESSION_FILES
@@ -137,6 +138,38 @@ def test_a_query_that_does_not_fit_changes_nothing(model: RxTAlpha) -> None:
 
 
 # Undo, retry, fork.
+
+
+def test_compiled_decoding_reaches_the_answers(
+    make_model: ModelBuilder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Catches an option that is taken and forgotten: by the turns, a fork, or a loaded session."""
+    model = make_model(eos_bias=4.0)
+    chosen: list[bool] = []
+    init = AnswerStream.__init__
+
+    def noted(stream: AnswerStream, *given: Any, compile_decode: bool, **options: Any) -> None:
+        chosen.append(compile_decode)
+        init(stream, *given, **options)
+
+    session = model.session()
+    monkeypatch.setattr(AnswerStream, "__init__", noted)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    session.save(tmp_path / "kept")
+    for refused in (
+        lambda: model.session(compile_decode=True),
+        lambda: session.set_compile_decode(True),
+        lambda: Session.load(tmp_path / "kept", model, compile_decode=True),
+    ):
+        with pytest.raises(UserError, match="no-such-compiler"):
+            refused()
+    monkeypatch.setattr("rxlm.rxt.session.check_compiler", lambda device: None)
+    session.ask("Hello")
+    session.set_compile_decode(True)
+    session.ask("Hello")
+    session.fork().ask("Hello")
+    Session.load(tmp_path / "kept", model, compile_decode=True).ask("Hello")
+    assert chosen == [False, True, True, True]
 
 
 def test_undo_restores_everything(model: RxTAlpha) -> None:
