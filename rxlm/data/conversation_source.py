@@ -10,12 +10,13 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from rxlm.configuration import Config
-from rxlm.data.conversations import Conversation, Interaction
+from rxlm.data.conversation_mixture import MixedConversations
+from rxlm.data.conversations import Conversation, ConversationSource, Interaction
 from rxlm.data.facts import KINDS_BY_NAME
 from rxlm.data.files import CONVERSATION_SUFFIXES, resolve_files
 from rxlm.data.generator import SPLITS, DialogueGenerator, GeneratorConfig
@@ -31,30 +32,6 @@ BUILTIN = "builtin"
 AUTO = "auto"
 
 
-class ConversationSource(Protocol):
-    """Conversations by position."""
-
-    name: str
-    """For logs and reports."""
-    size: int | None
-    """Conversations in an epoch; ``None``: endless."""
-    has_probes: bool
-    """Whether :meth:`probe_questions` can ask anything."""
-
-    def sample(self, position: int, num_turns: int) -> Conversation:
-        """Return the conversation at ``position`` (>= 0), of at most ``num_turns`` turns."""
-        ...
-
-    def probe_questions(
-        self, conversation: Conversation, position: int, count: int
-    ) -> list[tuple[int, Interaction]]:
-        """Return (turn after which to ask, question) for facts told in ``conversation``.
-
-        See :meth:`rxlm.data.generator.DialogueGenerator.probe_questions`.
-        """
-        ...
-
-
 class GeneratedConversations:
     """Endless dialogues of the built-in generator, each of exactly the length asked for."""
 
@@ -68,6 +45,10 @@ class GeneratedConversations:
     def sample(self, position: int, num_turns: int) -> Conversation:
         """Return dialogue number ``position`` with ``num_turns`` turns."""
         return self.generator.conversation(position, num_turns, self.split)
+
+    def has_probes_at(self, position: int) -> bool:
+        """Return that questions can be asked: the generator knows what was told."""
+        return True
 
     def probe_questions(
         self, conversation: Conversation, position: int, count: int
@@ -118,6 +99,10 @@ class ConversationList:
             return conversation
         return conversation.window(random_offset(self.seed, position, room + 1), num_turns)
 
+    def has_probes_at(self, position: int) -> bool:
+        """Return the same for all positions: :attr:`has_probes`."""
+        return self.has_probes
+
     def probe_questions(
         self, conversation: Conversation, position: int, count: int
     ) -> list[tuple[int, Interaction]]:
@@ -151,6 +136,17 @@ class MixtureItem(Config):
         return self
 
 
+class DialogueItem(Config):
+    """One source of a mixture of conversations; what it does not say is as in ``data``."""
+
+    dialogues: str
+    """As ``data.dialogues``."""
+    weight: float = Field(gt=0)
+    """How often it is read, relative to the other sources."""
+    valid_dialogues: str | None = None
+    """As ``data.valid_dialogues``, of this source."""
+
+
 class DataConfig(Config):
     """Which conversations and texts to train on."""
 
@@ -159,6 +155,9 @@ class DataConfig(Config):
     valid_dialogues: str | None = None
     """Likewise for validation. ``None``: where the names in ``dialogues`` contain ``.train.``, the
     files with ``.valid.`` in its place, if they exist; else a part of ``dialogues`` is held out."""
+    dialogue_mixture: tuple[DialogueItem, ...] = ()
+    """Several sources of conversations, read in given ratios, instead of ``dialogues``. Those that
+    are read through begin anew."""
     valid_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the conversations to hold out when there is no validation file."""
     text: str | None = None
@@ -203,6 +202,12 @@ class DataConfig(Config):
                 f"data.text={self.text!r} and data.mixture: give one of the two (a mixture lists "
                 "all its texts)."
             )
+        if self.dialogue_mixture and self.model_fields_set & {"dialogues", "valid_dialogues"}:
+            raise UserError(
+                f"data.dialogues={self.dialogues!r} or data.valid_dialogues="
+                f"{self.valid_dialogues!r} beside data.dialogue_mixture: a mixture lists all its "
+                "sources, each with its own valid_dialogues; leave the other two out."
+            )
         if self.streaming and self.text is None:
             raise UserError(
                 "data.streaming reads data.text record by record, and data.text is not set "
@@ -214,6 +219,22 @@ class DataConfig(Config):
         """Return the configuration that reads one source of the mixture alone."""
         given = item.model_dump(exclude={"weight"}, exclude_none=True)
         return self.model_copy(update={"mixture": (), **given})
+
+    def of_dialogue_item(self, item: DialogueItem) -> DataConfig:
+        """Return the configuration that reads one source of the mixture of conversations alone."""
+        return self.model_copy(
+            update={
+                "dialogue_mixture": (),
+                "dialogues": item.dialogues,
+                "valid_dialogues": item.valid_dialogues,
+            }
+        )
+
+    @property
+    def reads_builtin(self) -> bool:
+        """Whether the built-in dialogues are among the conversations."""
+        items = self.dialogue_mixture
+        return BUILTIN in ({item.dialogues for item in items} if items else {self.dialogues})
 
 
 def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
@@ -240,6 +261,14 @@ def open_conversations(
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r}: expected one of {', '.join(SPLITS)}.")
+    if config.dialogue_mixture:
+        items = config.dialogue_mixture
+        return MixedConversations(
+            [open_conversations(config.of_dialogue_item(item), split, summary) for item in items],
+            [item.weight for item in items],
+            config.seed,
+            f"{' + '.join(item.dialogues for item in items)} ({split})",
+        )
     if split == "valid" and config.valid_dialogues is not None:
         if config.valid_dialogues == BUILTIN:
             return GeneratedConversations(DialogueGenerator(config.generator), split)

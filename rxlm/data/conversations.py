@@ -1,4 +1,5 @@
-"""What a conversation is: turns of query and answer, with what a test needs to know about each.
+"""What a conversation is: turns of query and answer, with what a test needs to know about each; and
+what a source of them offers.
 
 Not here: reading them from files (``sources``), making them up (``generator``), tokens
 (``rxlm.tokenization``). A conversation is an immutable value.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 INTERACTION_KINDS = ("chat", "fact", "update", "question", "unknown")
 """What a turn does: small talk, tells facts, changes one, asks for one, asks for one never told."""
@@ -129,3 +130,31 @@ class Conversation:
             id=row.get("id", ""),
             source=row.get("source", ""),
         )
+
+
+class ConversationSource(Protocol):
+    """Conversations by position."""
+
+    name: str
+    """For logs and reports."""
+    size: int | None
+    """Conversations in an epoch; ``None``: endless."""
+    has_probes: bool
+    """Whether :meth:`probe_questions` can ask anything, of some conversation at least."""
+
+    def sample(self, position: int, num_turns: int) -> Conversation:
+        """Return the conversation at ``position`` (>= 0), of at most ``num_turns`` turns."""
+        ...
+
+    def has_probes_at(self, position: int) -> bool:
+        """Return whether questions can be asked of the conversation at ``position``."""
+        ...
+
+    def probe_questions(
+        self, conversation: Conversation, position: int, count: int
+    ) -> list[tuple[int, Interaction]]:
+        """Return (turn after which to ask, question) for facts told in ``conversation``.
+
+        See :meth:`rxlm.data.generator.DialogueGenerator.probe_questions`.
+        """
+        ...

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rxlm.data.conversation_mixture import MixedConversations
 from rxlm.data.conversation_source import (
     ConversationList,
     ConversationSource,
@@ -181,8 +182,10 @@ def build_objective(
     else:
         sources = open_sources(recipe.data, summaries)
         for source in sources:
-            if isinstance(source, ConversationList):
-                turns.check_lengths(source.conversations, source.name)
+            mixed = source.sources if isinstance(source, MixedConversations) else (source,)
+            for part in mixed:
+                if isinstance(part, ConversationList):
+                    turns.check_lengths(part.conversations, part.name)
         if isinstance(recipe, JointLMRecipe):
             objective = JointLMObjective(model, *sources, turns, recipe.objective, **common)
         elif isinstance(recipe, SFTRecipe):

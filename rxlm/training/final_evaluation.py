@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rxlm.data.conversation_mixture import MixedConversations
 from rxlm.data.conversation_source import BUILTIN, ConversationList, DataConfig, open_conversations
 from rxlm.data.conversations import Conversation
 from rxlm.data.generator import DialogueGenerator
@@ -56,15 +57,19 @@ def recall_settings(recipe: Recipe) -> RecallSettings:
 
 
 def perplexity_conversations(data: DataConfig, settings: PerplexitySettings) -> Measured:
-    """Return validation conversations; of the built-in dialogues, those of the test split.
+    """Return validation conversations; of the built-in dialogues alone, those of the test split.
 
     Raises:
         UserError: for files that cannot be used.
     """
-    if data.dialogues == BUILTIN:
+    if data.dialogues == BUILTIN and not data.dialogue_mixture:
         found = builtin_conversations(DialogueGenerator(data.generator), settings)
         return Measured(found, "built-in dialogues (test)")
     source = open_conversations(data, "valid")
+    if isinstance(source, MixedConversations):
+        positions = range(settings.max_dialogues)
+        mixed = [source.sample(position, settings.max_turns) for position in positions]
+        return Measured(mixed, source.name)
     assert isinstance(source, ConversationList), "files are read as lists"
     return Measured(list(source.conversations), source.name)
 
@@ -97,7 +102,7 @@ def evaluate_pipeline(
         the report (see :func:`rxlm.evaluation.report.build_report`).
     """
     measured = perplexity_conversations(recipe.data, recipe.evaluation.perplexity)
-    asks = recall_settings(recipe) if recipe.data.dialogues == BUILTIN else None
+    asks = recall_settings(recipe) if recipe.data.reads_builtin else None
     device = resolve_device(recipe.train.device)
     with cpu_threads(recipe.train.threads):
         model = RxTAlpha.from_pretrained(model_folder, device=device)

@@ -25,8 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rxlm.configuration import Config
-from rxlm.data.conversation_source import ConversationSource
-from rxlm.data.conversations import Conversation
+from rxlm.data.conversations import Conversation, ConversationSource
 from rxlm.nn.expert_routing import record_routing
 from rxlm.rxt.dialogues import (
     DialogueBatch,

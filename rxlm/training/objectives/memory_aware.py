@@ -20,8 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rxlm.configuration import Config
-from rxlm.data.conversation_source import ConversationSource
-from rxlm.data.conversations import Conversation
+from rxlm.data.conversations import Conversation, ConversationSource
 from rxlm.nn.expert_routing import record_routing
 from rxlm.rxt.dialogues import (
     GROUPS,
@@ -120,12 +119,12 @@ class MemoryAwareObjective(ModelObjective):
         chat_answers: float,
     ) -> DialogueBatch:
         count = len(conversations)
-        has_questions = source.has_probes
         encode: list[Row] = []
         answer: list[Row] = []
         for b, conversation in enumerate(conversations):
             # By position, so that 1 x 8 and 8 x 1 dialogues train on the same answers.
             rng = random.Random(f"{self.seed}/{first + b}")
+            has_questions = source.has_probes_at(first + b)
             start = 0
             if conversation.system:
                 encode.append(Row(self.turns.system(conversation.system), b, 0))

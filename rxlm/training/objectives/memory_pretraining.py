@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rxlm.configuration import Config
-from rxlm.data.conversation_source import ConversationSource
+from rxlm.data.conversations import ConversationSource
 from rxlm.memory.attention import MemoryAttention
 from rxlm.rxt.dialogues import DialogueBatch, TurnEncoder, select_dialogues
 from rxlm.rxt.reactive import ReactiveModel

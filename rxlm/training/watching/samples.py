@@ -19,7 +19,7 @@ from rxlm.training.metrics import read_metrics, truncate_metrics
 from rxlm.training.watch import Sample, WatchSettings
 
 if TYPE_CHECKING:
-    from rxlm.data.conversation_source import ConversationSource
+    from rxlm.data.conversations import ConversationSource
     from rxlm.lm.language_model import LanguageModel
     from rxlm.rxt.reactive import ReactiveModel
 
