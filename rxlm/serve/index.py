@@ -2,7 +2,8 @@
 
     sessions    a name and a head; ``detached`` ones have no name and are not listed
     turns       what was said, after which turn (``parent``), by which session; the digest and the
-                counters of the state file while there is one (``sha256``)
+                counters of the state file while there is one (``sha256``); of one that was
+                ``forgotten`` only its place is left
     meta        format and the fingerprint of the model
 
 WAL with synchronous=FULL: a transaction that was committed survives a power cut. secure_delete:
@@ -63,7 +64,8 @@ CREATE TABLE IF NOT EXISTS turns (
     bytes INTEGER,
     seed INTEGER,
     draws INTEGER,
-    num_turns INTEGER
+    num_turns INTEGER,
+    forgotten INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX IF NOT EXISTS turns_session ON turns (session);
 CREATE INDEX IF NOT EXISTS turns_parent ON turns (parent);

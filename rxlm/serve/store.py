@@ -24,7 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rxlm.data.conversations import Interaction
 from rxlm.errors import RunError, UserError
+from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt.conversation import ConversationState
 from rxlm.rxt.fingerprint import ModelFingerprint
 from rxlm.serve.chain import next_hash, prefix_hashes, root_hash
@@ -57,14 +59,13 @@ class StoreCounts(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where a conversation goes on: a turn (None: before the first), its session's system prompt
-    and seed, and whether that session is detached and ends there."""
+    """Where a conversation goes on: the session that said a turn, its system prompt and seed,
+    whether it is detached, and whether the turn is its head."""
 
-    turn_id: str | None
     session_id: str
     system: str | None
     seed: int
-    is_detached_head: bool
+    is_detached: bool
     is_head: bool
 
 
@@ -256,10 +257,50 @@ class SessionStore:
             NotFoundError: if there is none.
         """
         with self._index.read() as db:
-            row = db.execute(f"{SELECT_TURN} WHERE turns.id = ?", (turn_id,)).fetchone()
+            row = db.execute(
+                f"{SELECT_TURN} WHERE turns.id = ? AND NOT forgotten", (turn_id,)
+            ).fetchone()
         if row is None:
             raise NotFoundError(f"there is no turn {turn_id!r}.")
         return turn_info(row)
+
+    def forget(self, turn_id: str) -> None:
+        """Delete what a turn of no session said, and its state. If others go on from it, its empty
+        place stays until they are gone.
+
+        Raises:
+            NotFoundError: if there is no such turn.
+            UserError: if it belongs to a session.
+        """
+        origin = self.origin(turn_id)
+        with self._index.write() as db:
+            row = db.execute(f"{SELECT_TURN} WHERE turns.id = ?", (turn_id,)).fetchone()
+            if row is None or not row["detached"]:
+                raise UserError(
+                    f"turn {turn_id} belongs to a session: undo it, or delete the session."
+                )
+            db.execute(
+                "UPDATE turns SET forgotten = 1, interaction = ?, sha256 = NULL, bytes = NULL "
+                "WHERE id = ?",
+                (json.dumps(Interaction("", "").to_dict()), turn_id),
+            )
+            if origin.is_head and row["parent"] is not None:
+                db.execute(
+                    "UPDATE sessions SET head = ?, depth = depth - 1 WHERE id = ?",
+                    (row["parent"], origin.session_id),
+                )
+            elif origin.is_head:
+                delete_session(db, origin.session_id)
+        self._forget([turn_id])
+        self._index.forget_deleted()
+
+    def settings(self, turn_id: str) -> SamplingSettings:
+        """Return how the answer of a turn was chosen."""
+        with self._index.read() as db:
+            row = db.execute("SELECT settings FROM turns WHERE id = ?", (turn_id,)).fetchone()
+        if row is None:
+            raise NotFoundError(f"there is no turn {turn_id!r}.")
+        return SamplingSettings.model_validate_json(row[0])
 
     def turns(self, turn_id: str | None) -> list[TurnInfo]:
         """Return a turn and all before it, the first first."""
@@ -285,14 +326,19 @@ class SessionStore:
         with self._index.read() as db:
             row = db.execute(
                 "SELECT turns.id AS turn, sessions.* FROM turns "
-                "JOIN sessions ON sessions.id = turns.session WHERE turns.id = ?",
+                "JOIN sessions ON sessions.id = turns.session "
+                "WHERE turns.id = ? AND NOT forgotten",
                 (turn_id,),
             ).fetchone()
         if row is None:
             raise NotFoundError(f"there is no turn {turn_id!r}.")
-        is_head = row["head"] == turn_id
-        detached = bool(row["detached"]) and is_head
-        return Origin(turn_id, row["id"], row["system"], row["seed"], detached, is_head)
+        return Origin(
+            row["id"],
+            row["system"],
+            row["seed"],
+            bool(row["detached"]),
+            row["head"] == turn_id,
+        )
 
     def find(self, system: str | None, turns: Sequence[tuple[str, str]]) -> tuple[str | None, int]:
         """Return the version that holds the most of ``turns`` (queries and answers), and how many.
