@@ -19,7 +19,6 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
 
 from rxlm import __version__
 from rxlm.serve.context import Context
@@ -30,7 +29,6 @@ from rxlm.serve.openai_chat import chat_routes
 from rxlm.serve.openai_responses import response_routes
 from rxlm.serve.sessions_api import session_routes
 from rxlm.serve.settings import ServerSettings
-from rxlm.serve.turn_stream import CallerLeftError
 
 if TYPE_CHECKING:
     from rxlm.serve.service import ConversationService
@@ -47,8 +45,6 @@ PAGE_FILES = {
 }
 OPEN_PATHS = ("/health", *PAGE_FILES)
 """What needs no key: a page without data, and whether the server is there."""
-CLIENT_LEFT = 499
-"""Status, for the log only, of an answer that nobody waited for (as nginx has it)."""
 
 
 def create_app(service: ConversationService, settings: ServerSettings | None = None) -> FastAPI:
@@ -77,17 +73,12 @@ def create_app(service: ConversationService, settings: ServerSettings | None = N
     context = Context(service, settings)
     registry = service_registry(service.stats)
     install_handlers(app)
-    app.add_exception_handler(CallerLeftError, _nobody_waits)
     for routes in (chat_routes, response_routes, session_routes):
         app.include_router(routes(context))
     _add_status(app, context, registry)
     _add_page(app)
     _add_guards(app, settings, registry)
     return app
-
-
-async def _nobody_waits(request: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_LEFT)
 
 
 def _add_guards(app: FastAPI, settings: ServerSettings, registry: CollectorRegistry) -> None:

@@ -15,9 +15,10 @@ import uuid
 from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rxlm.serve.http_errors import error_response
+from rxlm.serve.http_errors import CallerLeftError, error_response
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+
+
+CALLER_LEFT = 499
+"""Status, for the metrics only, of an answer that nobody waited for (as nginx has it)."""
 
 
 class ErrorGuard:
@@ -62,6 +67,9 @@ class ErrorGuard:
 
         try:
             await self.app(scope, receive, send_with_headers)
+        except CallerLeftError:
+            if not has_begun:
+                await Response(status_code=CALLER_LEFT)(scope, receive, send_with_headers)
         except Exception:  # the edge of the program: everything becomes an answer here
             logger.exception("%s %s failed (%s)", scope["method"], scope["path"], request_id)
             if has_begun:

@@ -56,6 +56,10 @@ class ConflictError(UserError):
     """What is asked for contradicts what is kept."""
 
 
+class CallerLeftError(ConnectionError):
+    """Whoever asked has left, or does not read: there is nobody to answer."""
+
+
 def error_body(
     status: int, message: str, *, code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:

@@ -29,7 +29,7 @@ COUNTERS = {
     "turns": "Turns that ended",
     "failed_turns": "Turns that ended in an error",
     "refused_turns": "Turns refused because the queue was full",
-    "cancelled_turns": "Turns cancelled before they ended by themselves",
+    "cancelled_turns": "Turns cancelled before they began",
     "prompt_tokens": "Tokens read",
     "answer_tokens": "Tokens written",
     "steps": "Decode steps",

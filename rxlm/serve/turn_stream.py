@@ -19,7 +19,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from rxlm.rxt.session_events import Event
-from rxlm.serve.http_errors import error_body, known_error
+from rxlm.serve.http_errors import CallerLeftError, error_body, known_error
 from rxlm.serve.interface import TurnHandle, TurnTimeoutError
 
 logger = logging.getLogger(__name__)
@@ -28,10 +28,6 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": still there\n\n"
 STREAM_HEADERS = {"X-Accel-Buffering": "no"}
 """Asks proxies not to hold pieces back."""
-
-
-class CallerLeftError(ConnectionError):
-    """Whoever asked has closed the connection: there is nobody to answer."""
 
 
 class RunningTurns:
@@ -80,7 +76,11 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request."""
         with self._running.holding(self._turn):
-            await asyncio.wait_for(super().__call__(scope, receive, send), self._timeout)
+            try:
+                await asyncio.wait_for(super().__call__(scope, receive, send), self._timeout)
+            except asyncio.TimeoutError:
+                logger.warning("%s: its reader did not take it in time", self._turn.turn_id)
+                raise CallerLeftError from None
 
 
 async def with_pauses(turn: TurnHandle, seconds: float) -> AsyncIterator[Event | None]:

@@ -58,13 +58,12 @@ def ask(port: int, path: str, body: dict[str, Any], receive_buffer: int = 0) -> 
     return connection
 
 
-def settled(server: Any, session: str) -> Any:
-    """Return the turns of a session once nothing is being answered in it."""
-    end = time.monotonic() + 60
-    while server.service.session(session).busy:
-        assert time.monotonic() < end, "the answer goes on for nobody"
+def wait_until(happened: Any) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + 100
+    while not happened():
+        assert time.monotonic() < end, "it never happens"
         time.sleep(0.01)
-    return server.service.turns(session)
 
 
 def test_a_reader_who_leaves_ends_the_answer(slow_tiny: RxTAlpha, run_server: Any) -> None:
@@ -75,7 +74,8 @@ def test_a_reader_who_leaves_ends_the_answer(slow_tiny: RxTAlpha, run_server: An
             seen = b""
             while b"event: delta" not in seen:
                 seen += connection.recv(4096)
-        (turn,) = settled(server, session)
+        wait_until(lambda: server.service.turns(session))
+        (turn,) = server.service.turns(session)
         assert turn.reason == "stopped" and turn.answer_tokens > 0
 
 
@@ -91,21 +91,14 @@ def test_a_caller_who_does_not_wait_ends_the_answer(
     with run_server(slow_tiny, None) as server:
         with ask(server.port, path, body):
             wait_until(lambda: server.service.stats().running == 1)
-        wait_until(lambda: server.service.stats().running == 0)
-        assert server.service.stats().cancelled_turns == 1
-
-
-def wait_until(happened: Any) -> None:
-    """Wait until something is so."""
-    end = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+        wait_until(lambda: server.service.stats().turns == 1)
+        room = slow_tiny.config.decoder.seq_len - 20
+        assert 0 < server.service.stats().answer_tokens < room, "the answer went on for nobody"
 
 
 def test_a_reader_who_does_not_read_holds_nobody_up(tiny: RxTAlpha, run_server: Any) -> None:
     """Catches an engine that waits for its slowest reader."""
-    with run_server(tiny, None, answer_timeout_seconds=2.0) as server:
+    with run_server(tiny, None, answer_timeout_seconds=5.0) as server:
         sessions = [server.service.create().session_id for _ in range(3)]
         lazy = [
             ask(server.port, f"/sessions/{session}/turns", LONG, receive_buffer=1024)
@@ -115,6 +108,6 @@ def test_a_reader_who_does_not_read_holds_nobody_up(tiny: RxTAlpha, run_server: 
             answer = client.post("/v1/responses", json={"input": "a", "max_output_tokens": 3})
             assert answer.is_success
         for session in sessions:
-            assert len(settled(server, session)) == 1
+            wait_until(lambda session=session: server.service.turns(session))
         for connection in lazy:
             connection.close()
