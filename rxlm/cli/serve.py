@@ -252,9 +252,6 @@ def _announce(listener: socket.socket, name: str, settings: ServerSettings) -> N
 
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    console.messages().out(
-        f"serving {name} on http://{shown}:{port}/ (Ctrl-C ends)", highlight=False
-    )
     if settings.api_key is None and not is_loopback(host):
         style = "bold red" if sys.stderr.isatty() else None
         console.messages().out(
@@ -264,6 +261,9 @@ def _announce(listener: socket.socket, name: str, settings: ServerSettings) -> N
             highlight=False,
             style=style,
         )
+    console.messages().out(
+        f"serving {name} on http://{shown}:{port}/ (Ctrl-C ends)", highlight=False
+    )
 
 
 def _hosts(host: str, allowed: list[str] | None) -> tuple[str, ...] | None:

@@ -86,7 +86,7 @@ def test_sessions_outlive_the_server_and_signals_end_it_in_order(
         with server.client.stream("POST", f"/sessions/{session}/turns", json=body) as answer:
             for line in answer.iter_lines():
                 kinds += [line] if line.startswith("event: ") else []
-                if kinds[-1:] == ["event: delta"]:
+                if line == "event: delta" and kinds.count(line) == 1:
                     server.process.send_signal(signal.SIGTERM)
         assert kinds[-3:] == ["event: end", "event: memory", "event: stats"]
         server.process.communicate(timeout=60)

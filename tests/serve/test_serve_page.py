@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,13 @@ class Browser:
         self.page.wait_for_selector("#sessions li")
         return self.page
 
+    def until(self, expression: str) -> None:
+        """Wait until an expression is true; the page's policy forbids to evaluate it there."""
+        end = time.monotonic() + SECONDS
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < end, expression
+            self.page.wait_for_timeout(30)
+
     def say(self, text: str) -> None:
         """Type a message, send it, and wait for the end of the answer."""
         turns = self.page.locator(".turn").count()
@@ -84,7 +92,9 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 def texts(page: Any, selector: str) -> list[str]:
     """Return what elements say."""
-    return [re.sub(r"\s+", " ", text).strip() for text in page.locator(selector).all_inner_texts()]
+    shown = page.locator(selector).all_inner_texts()
+    # What only a screen reader is told.
+    return [re.sub(r"\s+", " ", text).strip().removeprefix("You: ") for text in shown]
 
 
 def test_a_conversation_outlives_the_page_and_the_server(
@@ -108,6 +118,7 @@ def test_a_conversation_outlives_the_page_and_the_server(
         page.reload()
         page.wait_for_selector(".turn")
         assert texts(page, ".answer") == answers
+        page.goto("about:blank")
     with run_server(tiny, tmp_path / "store", SHORT) as server:
         page = browser.open(server.port, "/#" + address.partition("#")[2])
         page.wait_for_selector(".turn")
@@ -130,7 +141,7 @@ def test_undo_retry_fork_rename_and_delete(
         for text in ("one", "two", "three"):
             browser.say(text)
         page.click("text=Undo")
-        page.wait_for_function("document.querySelectorAll('.turn').length === 2")
+        browser.until("document.querySelectorAll('.turn').length === 2")
         assert page.input_value("#query") == "three"
         page.fill("#query", "")
         before = texts(page, ".answer")
@@ -142,19 +153,22 @@ def test_undo_retry_fork_rename_and_delete(
         assert texts(page, ".answer")[0] == before[0]
         page.hover(".turn:first-of-type")
         page.click("text=Fork from here")
-        page.wait_for_function("document.querySelector('#title').textContent === 'First (fork)'")
+        browser.until("document.querySelector('#title').textContent === 'First (fork)'")
         assert texts(page, ".said p") == ["one"]
         page.click("#rename")
         page.fill("#rename-name", "Second")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelector('#title').textContent === 'Second'")
+        browser.until("document.querySelector('#title').textContent === 'Second'")
+        browser.until(
+            "document.querySelector('#sessions [aria-current] .name').textContent === 'Second'"
+        )
         assert sorted(texts(page, "#sessions .name")) == ["First", "Second"]
         page.click("#delete")
         page.keyboard.press("Escape")
         assert page.locator("#sessions .name").count() == 2
         page.click("#delete")
         page.click("#delete-dialog button[value=yes]")
-        page.wait_for_function("document.querySelectorAll('#sessions .name').length === 1")
+        browser.until("document.querySelectorAll('#sessions .name').length === 1")
         assert page.inner_text("#title") == "New conversation"
         with page.expect_download() as download:
             page.click("#sessions button")
@@ -169,16 +183,22 @@ def test_it_can_be_used_with_the_keyboard_alone(
     """Catches what can only be clicked, and Esc that does not stop the answer."""
     with run_server(slow_tiny, None) as server:
         page = browser.open(server.port)
-        page.evaluate("document.activeElement.blur()")
+        order = ["query", "send"]
+        for name in ("skip", "new", "options", "theme", "memory-toggle", *order):
+            assert page.evaluate(f"document.querySelector('#{name}').tabIndex") == 0
+        assert page.evaluate("document.activeElement.id") == "query"
+        page.focus("#skip")
         page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.className") == "skip"
+        assert page.evaluate("document.activeElement.id") == "new"
+        page.focus("#skip")
         page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.id") == "query"
         page.keyboard.type("two")
         page.keyboard.press("Shift+Enter")
         page.keyboard.type("lines")
         assert page.input_value("#query") == "two\nlines"
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelector('.answer')?.textContent.length > 2")
+        browser.until("document.querySelector('.answer')?.textContent.length > 2")
         assert page.get_attribute(".answer", "aria-busy") == "true"
         page.keyboard.press("Escape")
         page.wait_for_selector(".facts")

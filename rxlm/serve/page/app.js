@@ -12,6 +12,7 @@ const state = {
   loading: 0, // Number of the last load, so that a slow one does not overtake it.
   writing: null, // {sessionId, abort} while an answer is being written.
   retry: null, // What "Try again" does.
+  ready: null, // Settled when the conversation that the address names was asked for.
 };
 
 // --- the server ---------------------------------------------------------------------------------
@@ -325,6 +326,7 @@ async function begin(system, name) {
 
 // Says something; `more` overrides how tokens are chosen.
 async function say(query, more = {}) {
+  await state.ready;
   hideProblem();
   setWriting({ abort: new AbortController() });
   const writing = state.writing;
@@ -684,6 +686,10 @@ function onKey(event) {
 
 function wire() {
   const clicks = {
+    skip: (event) => {
+      event.preventDefault(); // The address names the conversation.
+      at("query").focus();
+    },
     new: () => attempt(startNew),
     more: () => attempt(() => loadSessions(true)),
     rename: () => attempt(rename),
@@ -735,4 +741,4 @@ async function start() {
 wire();
 setTheme(localStorage.getItem("theme") ?? "auto");
 toggleMemory(!isNarrow.matches);
-attempt(start);
+state.ready = attempt(start);
