@@ -67,6 +67,7 @@ def served(*words: str, **environment: str) -> Iterator[Process]:
     try:
         yield process
     finally:
+        process.client.close()
         process.process.kill()
         process.process.communicate()
 
