@@ -21,6 +21,7 @@ from rxlm.ops.sampling import SamplingSettings, sample, uniform_draw
 from rxlm.rxt.answer_form import AnswerForm
 
 StopReason = Literal["eos", "length", "stopped"]
+"""How an answer ended: by the model, cut by length, or by the reader."""
 
 
 class Answer(NamedTuple):

@@ -19,7 +19,7 @@ from rxlm.nn.evaluation_mode import evaluation_mode
 from rxlm.ops.padding import check_ids, padded
 from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt.answer_form import AnswerForm
-from rxlm.rxt.answer_row import Answer, AnswerRow, StopReason, choose_tokens, rows_by_settings
+from rxlm.rxt.answer_row import Answer, AnswerRow, choose_tokens, rows_by_settings
 from rxlm.rxt.conversation import ConversationState
 from rxlm.rxt.decode_step import DecodeStep, check_compiler
 from rxlm.rxt.model import RxTNetwork
@@ -28,7 +28,6 @@ __all__ = [
     "Answer",
     "AnswerLimits",
     "AnswerStream",
-    "StopReason",
     "answer_room",
     "answer_row",
     "opened_prompt",

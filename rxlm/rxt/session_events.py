@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rxlm.rxt.generation import StopReason
+from rxlm.rxt.answer_row import StopReason
 from rxlm.rxt.held import WrittenTurn
 from rxlm.rxt.tools import ToolResult
 

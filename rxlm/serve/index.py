@@ -103,6 +103,8 @@ class Index:
     def close(self) -> None:
         """Close it; another process may open it then."""
         with self._write_lock, self._read_lock:
+            if self._lock_file.closed:
+                return
             self._reader.close()
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._writer.close()

@@ -23,7 +23,7 @@ from rxlm.data.conversations import Interaction
 from rxlm.errors import RunError, UserError
 from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt.answer_form import ThinkingMode
-from rxlm.rxt.generation import StopReason
+from rxlm.rxt.answer_row import StopReason
 from rxlm.rxt.session_events import Event
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ Shapes: none; states are values (:class:`rxlm.rxt.conversation.ConversationState
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sqlite3
@@ -194,8 +195,10 @@ class SessionStore:
             path = path_rows(db, head)
             target = path[-num_turns - 1] if len(path) > num_turns else None
             if not 1 <= num_turns <= len(path) or (target and target["sha256"] is None):
-                kept = sum(row["sha256"] is not None for row in path)
-                possible = len(path) if kept == len(path) else max(0, kept - 1)
+                kept = list(
+                    itertools.takewhile(lambda row: row["sha256"] is not None, reversed(path))
+                )
+                possible = len(path) if len(kept) == len(path) else max(0, len(kept) - 1)
                 raise UserError(
                     f"cannot take back {num_turns} of {len(path)} turns: {possible} can be "
                     f"(keep_versions={self._keep})."

@@ -9,8 +9,8 @@ from typing import Any
 
 from rxlm.data.conversations import Interaction
 from rxlm.ops.sampling import SamplingSettings
+from rxlm.rxt.answer_row import StopReason
 from rxlm.rxt.conversation import ConversationState
-from rxlm.rxt.generation import StopReason
 from rxlm.serve.interface import SessionInfo, TurnInfo
 
 
