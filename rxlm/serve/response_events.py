@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from rxlm.rxt.generation import StopReason
+from rxlm.rxt.answer_row import StopReason
 from rxlm.rxt.session_events import TextDelta, ThinkDelta, TurnEnd
 from rxlm.serve.interface import TurnHandle, TurnInfo
 from rxlm.serve.tool_calls import openai_call
