@@ -46,7 +46,7 @@ def main() -> None:
         assistant = Assistant(options.model_dir, Path(scratch))
         for caller, text in (
             ("ann", "Hi, my name is Ann."),
-            ("bob", "My name is Bob."),
+            ("tom", "My name is Tom."),
             ("ann", "I live in Oslo."),
         ):
             print(f"{caller}: {text}\n  {assistant.answer(caller, text)}")
@@ -54,7 +54,7 @@ def main() -> None:
 
         print("(the program is started again)")
         assistant = Assistant(options.model_dir, Path(scratch))
-        for caller in ("ann", "bob"):
+        for caller in ("ann", "tom"):
             text = "What is my name?"
             print(f"{caller}: {text}\n  {assistant.answer(caller, text)}")
 
