@@ -56,6 +56,16 @@ PAGES: Mapping[str, Page] = {
             "rxlm.rxt.model_card",
         ),
     ),
+    "serving": Page(
+        "Serving",
+        "Many conversations with one model, and HTTP over them.",
+        (
+            "rxlm.serve.service",
+            "rxlm.serve.interface",
+            "rxlm.serve.app",
+            "rxlm.serve.settings",
+        ),
+    ),
     "memory": Page(
         "Memory",
         "The network that writes memory, and its parts.",

@@ -1,7 +1,8 @@
 """``rxlm chat MODEL_DIR``: talk to a model in the terminal, or over a pipe.
 
-On a terminal answers stream, and Ctrl-C stops the answer, not the program. In a pipe every line of
-standard input is a query, and standard output holds the answers and nothing else.
+On a terminal lines can be edited, answers stream as Markdown (``chat_terminal``), and Ctrl-C stops
+the answer, not the program. In a pipe every line of standard input is a query, and standard output
+holds the answers and nothing else.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from rxlm.ops.sampling import SamplingSettings
 
 PROMPT = "> "
+HISTORY_FILE = ".history"
+"""What was typed, in the folder of the conversations: it says as much as they do."""
 
 
 def register(app: typer.Typer) -> None:
@@ -71,9 +74,12 @@ def chat(
         int, typer.Option(min=1, help="CPU threads; small models are fastest on one.")
     ] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    plain: Annotated[
+        bool, typer.Option("--plain", help="On a terminal too: no Markdown, no line editing.")
+    ] = False,
 ) -> None:
     """Talk to a model. In the conversation, /help lists the commands."""
-    from rxlm.cli.chat_loop import Chat
+    from rxlm.cli.chat_loop import Chat, Lines, Screen
     from rxlm.rxt.models import RxTAlpha
     from rxlm.training.device import cpu_threads, resolve_device
 
@@ -86,25 +92,29 @@ def chat(
             repetition_penalty=repetition_penalty,
         )
         model = RxTAlpha.from_pretrained(model_dir, device=resolve_device(device))
-        talk = Chat(
-            model,
-            sessions_dir or default_sessions_dir(model_dir),
-            say=_say,
-            tell=_tell,
-            system=system,
-            seed=seed,
-            settings=settings,
-        )
+        folder = sessions_dir or default_sessions_dir(model_dir)
+        is_rich = sys.stdin.isatty() and sys.stdout.isatty() and not plain
+        screen: Screen = Lines(_say, _tell)
+        if is_rich:
+            from rxlm.cli.chat_terminal import Terminal
+
+            screen = Terminal(console.results(), _tell)
+        talk = Chat(model, folder, screen, system=system, seed=seed, settings=settings)
         if session is not None:
             talk.open(session)
-        if sys.stdin.isatty():
-            _tell(f"{model_dir}: /help lists the commands, Ctrl-C stops an answer")
-            # The session may be another one by then (/new, /load).
-            keyboard = Keyboard(lambda: talk.session.stop())
-            with keyboard.interrupts():
-                talk.run(keyboard.lines(), forgiving=True)
-        else:
+        if not sys.stdin.isatty():
             talk.run(_piped_lines(), forgiving=False)
+            return
+        _tell(f"{model_dir}: /help lists the commands, Ctrl-C stops an answer")
+        read_line = _plain_line
+        if is_rich:
+            from rxlm.cli.chat_terminal import line_editor
+
+            read_line = line_editor(PROMPT, folder / HISTORY_FILE, talk.saved)
+        # The session may be another one by then (/new, /load).
+        keyboard = Keyboard(read_line, lambda: talk.session.stop())
+        with keyboard.interrupts():
+            talk.run(keyboard.lines(), forgiving=True)
 
 
 def default_sessions_dir(model_dir: str) -> Path:
@@ -149,27 +159,38 @@ def _piped_lines() -> Iterator[str]:
         raise UserError(f"standard input is not UTF-8 text ({error}).") from None
 
 
+def _plain_line() -> str:
+    # Standard output may be a file: it holds answers and nothing else.
+    sys.stderr.write(PROMPT)
+    sys.stderr.flush()
+    return input()
+
+
 class Keyboard:
     """Lines that are typed, and what Ctrl-C means: clear the line, or stop the answer."""
 
-    def __init__(self, stop_answer: Callable[[], None]) -> None:
-        """``stop_answer`` ends the answer that is being written; it does nothing without one."""
+    def __init__(self, read_line: Callable[[], str], stop_answer: Callable[[], None]) -> None:
+        """Take how lines are read and answers stopped.
+
+        Args:
+            read_line: waits for a line; ``KeyboardInterrupt`` clears it, ``EOFError`` ends all.
+            stop_answer: ends the answer that is being written; does nothing without one.
+        """
+        self._read_line = read_line
         self._stop_answer = stop_answer
         self._typing = False
 
     def lines(self) -> Iterator[str]:
         """Yield what is typed until Ctrl-D."""
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 (importing it gives input() editing and history)
         while True:
             try:
                 self._typing = True
-                line = input(PROMPT)
+                line = self._read_line()
             except KeyboardInterrupt:
-                _tell("\n(/quit or Ctrl-D leaves)")
+                _tell("(/quit or Ctrl-D leaves)")
                 continue
             except EOFError:
-                _say("\n")
+                _tell("")
                 return
             finally:
                 self._typing = False

@@ -1,7 +1,8 @@
 """The conversation behind ``rxlm chat``: lines in, streamed answers and slash commands out.
 
-Lines come from anywhere (a terminal, a pipe, a test). Answers go to ``say``, everything about the
-conversation to ``tell``. Not here: options, prompts and signals (``chat``).
+Lines come from anywhere (a terminal, a pipe, a test), and all that is shown goes to a
+:class:`Screen`. Not here: options and signals (``chat``), line editing and Markdown
+(``chat_terminal``).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rxlm.errors import RunError, UserError
 
@@ -37,6 +38,37 @@ RETRY_TEMPERATURE = 0.8
 """Greedy decoding would only repeat its answer."""
 
 
+class Screen(Protocol):
+    """Where a conversation is shown."""
+
+    def say(self, text: str) -> None:
+        """Show a piece of an answer, as it comes."""
+
+    def end_answer(self) -> None:
+        """Take note that the answer is complete."""
+
+    def tell(self, text: str) -> None:
+        """Show a line about the conversation."""
+
+    def status(self, text: str) -> None:
+        """Show what the turn cost and did to the memory."""
+
+
+class Lines:
+    """A screen of plain text; what a turn cost is told only when asked for (``/stats``)."""
+
+    def __init__(self, say: Callable[[str], None], tell: Callable[[str], None]) -> None:
+        """``say`` shows pieces of answers, ``tell`` lines about the conversation."""
+        self.say, self.tell = say, tell
+
+    def end_answer(self) -> None:
+        """End the line of the answer."""
+        self.say("\n")
+
+    def status(self, text: str) -> None:
+        """Show nothing: a pipe holds answers, and notes only where something is amiss."""
+
+
 class Chat:
     """One conversation at a time, saved after every turn once it has a name."""
 
@@ -44,9 +76,8 @@ class Chat:
         self,
         model: RxTAlpha,
         folder: Path,
+        screen: Screen,
         *,
-        say: Callable[[str], None],
-        tell: Callable[[str], None],
         system: str | None = None,
         seed: int = 0,
         settings: SamplingSettings | None = None,
@@ -56,8 +87,7 @@ class Chat:
         Args:
             model: with its tokenizer.
             folder: where saved conversations lie, a folder each.
-            say: shows a piece of an answer, as it comes.
-            tell: shows a line about the conversation.
+            screen: shows answers, and what is to be told about the conversation.
             system: system prompt of new conversations.
             seed: of their random draws.
             settings: how tokens are chosen; None: greedy, or as a loaded conversation has it.
@@ -65,7 +95,7 @@ class Chat:
         self.model = model
         self.folder = folder
         self.name: str | None = None
-        self._say, self._tell = say, tell
+        self.screen = screen
         self._system, self._seed, self._settings = system, seed, settings
         self._stats: Stats | None = None
         self._write_size: float | None = None
@@ -100,7 +130,7 @@ class Chat:
             self.session.settings = self._settings
         self.name = name
         self._stats = self._write_size = None
-        self._tell(f"going on with '{name}' after {len(self.session.turns)} turns")
+        self.screen.tell(f"going on with '{name}' after {len(self.session.turns)} turns")
 
     def saved(self) -> list[str]:
         """Return the names of the saved conversations."""
@@ -130,7 +160,7 @@ class Chat:
             except (UserError, RunError) as error:
                 if not forgiving:
                     raise
-                self._tell(str(error))
+                self.screen.tell(str(error))
 
     def answer(self, text: str) -> None:
         """Answer one query, then save if the conversation has a name."""
@@ -145,10 +175,10 @@ class Chat:
                 thoughts += event.text
                 continue
             if thoughts:
-                self._tell(f"[thinks] {thoughts.strip()}")
+                self.screen.tell(f"[thinks] {thoughts.strip()}")
                 thoughts = ""
             if isinstance(event, TextDelta):
-                self._say(event.text)
+                self.screen.say(event.text)
             elif isinstance(event, TurnEnd):
                 self._show_end(event)
             elif isinstance(event, MemoryUpdated):
@@ -156,16 +186,33 @@ class Chat:
             elif isinstance(event, Stats):
                 self._stats = event
         self._save_if_named()
+        self.screen.status(self._status())
+
+    def _status(self) -> str:
+        """Return in one line what the last turn cost and did."""
+        parts = []
+        if self._stats is not None:
+            parts.append(f"{self._stats.tokens} tokens, {self._stats.tokens_per_second:.0f}/s")
+        if self._write_size is not None:
+            parts.append(f"memory changed by {100 * self._write_size:.0f} %")
+        state = self.session.state
+        parts.append(f"{state.slots.numel() * state.slots.element_size():,} bytes kept")
+        parts.append(f"turn {len(self.session.turns)}")
+        if self.name is not None:
+            parts.append(f"saved as '{self.name}'")
+        return " | ".join(parts)
 
     def _show_end(self, event: TurnEnd) -> None:
         # Beside a tool call there may be no answer.
         if event.answer or event.tool_call is None:
-            self._say("\n")
+            self.screen.end_answer()
         if event.tool_call is not None:
-            self._tell(f"[calls] {event.tool_call.strip()} (no tools here: answer it yourself)")
+            self.screen.tell(
+                f"[calls] {event.tool_call.strip()} (no tools here: answer it yourself)"
+            )
         if event.reason != "eos":
             why = {"length": "the turn is full", "stopped": "stopped"}[event.reason]
-            self._tell(f"[{why}]")
+            self.screen.tell(f"[{why}]")
 
     def _command(self, name: str, *arguments: str) -> bool:
         """Run a slash command; return whether the conversation goes on."""
@@ -200,7 +247,7 @@ class Chat:
         self.session.name = self.name = name
         self._stats = self._write_size = None
         kept = f"kept as '{name}'" if name else "/save NAME keeps it"
-        self._tell(f"a new conversation ({kept})")
+        self.screen.tell(f"a new conversation ({kept})")
 
     def _save(self, name: str | None = None) -> None:
         name = name or self.name
@@ -208,7 +255,7 @@ class Chat:
             raise UserError("this conversation has no name yet: /save NAME")
         self.session.save(self._path(name))
         self.session.name = self.name = name
-        self._tell(f"saved in {self._path(name)}")
+        self.screen.tell(f"saved in {self._path(name)}")
 
     def _load(self, name: str | None = None) -> None:
         if name is None:
@@ -223,7 +270,7 @@ class Chat:
         if not self.session.turns:
             raise UserError("there is no turn to forget.")
         for turn in self.session.undo(int(count)):
-            self._tell(f"forgotten: {turn.query}")
+            self.screen.tell(f"forgotten: {turn.query}")
         self._save_if_named()
 
     def _retry(self) -> None:
@@ -232,21 +279,23 @@ class Chat:
         settings = self.session.settings
         if settings.temperature == 0:
             settings = settings.model_copy(update={"temperature": RETRY_TEMPERATURE})
-            self._tell(f"[at temperature {RETRY_TEMPERATURE}: greedy would repeat the answer]")
+            self.screen.tell(
+                f"[at temperature {RETRY_TEMPERATURE}: greedy would repeat the answer]"
+            )
         self._show(self.session.retry(settings=settings))
 
     def _think(self, mode: str | None = None) -> None:
         if mode is not None:
             self.session.set_thinking_mode(mode)
         now = self.session.thinking_mode
-        self._tell(f"thinking: {now or 'none (this model answers at once)'}")
+        self.screen.tell(f"thinking: {now or 'none (this model answers at once)'}")
 
     def _show_memory(self) -> None:
         state = self.session.state
         slots = state.slots[:, 0].float()
         start = self.model.new_conversation(seed=state.seeds[0]).slots[:, 0].float()
         num_layers, num_slots, dim = slots.shape
-        self._tell(
+        self.screen.tell(
             f"{num_layers} layers x {num_slots} slots x {dim} = {slots.numel():,} numbers, "
             f"{slots.numel() * slots.element_size():,} bytes, whatever the length"
         )
@@ -254,17 +303,17 @@ class Chat:
             size = slots[layer].norm(dim=-1)
             changed = (slots[layer] - start[layer]).norm(dim=-1)
             most = changed.topk(min(4, num_slots)).indices.tolist()
-            self._tell(
+            self.screen.tell(
                 f"layer {layer + 1}: slot norm {float(size.mean()):.2f} "
                 f"({float(size.min()):.2f} to {float(size.max()):.2f}), change since the start "
                 f"{float(changed.mean()):.2f}, most in slots {', '.join(map(str, most))}"
             )
         if self._write_size is not None:
-            self._tell(f"the last turn changed it by {100 * self._write_size:.0f} %")
+            self.screen.tell(f"the last turn changed it by {100 * self._write_size:.0f} %")
 
     def _show_stats(self) -> None:
         for line in self._stats_lines():
-            self._tell(line)
+            self.screen.tell(line)
 
     def _stats_lines(self) -> Iterator[str]:
         num_turns = len(self.session.turns)
@@ -284,7 +333,7 @@ class Chat:
 
     def _help(self) -> None:
         for line in COMMANDS.values():
-            self._tell(line)
+            self.screen.tell(line)
 
     def _save_if_named(self) -> None:
         if self.name is not None:

@@ -20,9 +20,10 @@ from rxlm.nn.attention import KeyValue
 class KeyValueBuffer(NamedTuple):
     """Keys and values, each ``[B, L, G, K]`` (a view of ``[B, G, L, K]``), and the next column.
 
-    ``column``: int64 ``[1]``, where the next token is written. ``visible``: how many columns are
-    read after that: the number of tokens; None = all L, where a mask hides the empty ones (static
-    shapes, as compilers want them).
+    ``column``: int64, where the next token is written: ``[1]`` for all rows, or ``[B]`` where rows
+    are at different places (a mask then hides what is not theirs). ``visible``: how many columns
+    are read after that: the number of tokens of the longest row; None = all L, where a mask hides
+    the empty ones (static shapes, as compilers want them).
     """
 
     key: Tensor
@@ -46,8 +47,13 @@ class KeyValueBuffer(NamedTuple):
 
     def append(self, other: KeyValue) -> KeyValue:
         """Write the keys and values of one token, ``[B, 1, G, K]``; return those to attend to."""
-        self.key.index_copy_(1, self.column, other.key)
-        self.value.index_copy_(1, self.column, other.value)
+        if len(self.column) == 1:
+            self.key.index_copy_(1, self.column, other.key)
+            self.value.index_copy_(1, self.column, other.value)
+        else:
+            places = (torch.arange(len(self.column), device=self.column.device), self.column)
+            self.key.index_put_(places, other.key[:, 0])
+            self.value.index_put_(places, other.value[:, 0])
         if self.visible is None:
             return KeyValue(self.key, self.value)
         return KeyValue(self.key[:, : self.visible], self.value[:, : self.visible])

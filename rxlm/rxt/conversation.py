@@ -135,6 +135,10 @@ class ConversationState:
             carried=None if self.carried is None else self.carried.to(device),
         )
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that the value is made of."""
+        return [self.slots, *(() if self.carried is None else self.carried)]
+
     def detach(self) -> ConversationState:
         """Return the value outside of every autograd graph."""
         carried = None if self.carried is None else self.carried.detach()

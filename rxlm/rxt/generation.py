@@ -9,7 +9,7 @@ Shapes: B conversations, T tokens of the longest prompt, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,27 +17,23 @@ from torch import Tensor
 from rxlm.errors import UserError
 from rxlm.nn.evaluation_mode import evaluation_mode
 from rxlm.ops.padding import check_ids, padded
-from rxlm.ops.sampling import SamplingSettings, sample, uniform_draw
+from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt.answer_form import AnswerForm
+from rxlm.rxt.answer_row import Answer, AnswerRow, choose_tokens, rows_by_settings
 from rxlm.rxt.conversation import ConversationState
 from rxlm.rxt.decode_step import DecodeStep, check_compiler
 from rxlm.rxt.model import RxTNetwork
 
-StopReason = Literal["eos", "length", "stopped"]
-
-
-class Answer(NamedTuple):
-    """One finished answer.
-
-    ``ids``: the answer, without [A] and [EOS] (of a model that thinks: all that it said after the
-    token that opened it, which is among them if the model chose it); ``reason``: the model ended
-    it ('eos'), it was cut ('length'), or the reader stopped ('stopped'); ``turn``: the whole turn
-    as it enters memory, ``[BOS] ... [A] answer [EOS]``, whatever the reason.
-    """
-
-    ids: list[int]
-    reason: StopReason
-    turn: list[int]
+__all__ = [
+    "Answer",
+    "AnswerLimits",
+    "AnswerStream",
+    "answer_room",
+    "answer_row",
+    "opened_prompt",
+    "turn_limit",
+    "with_answer_token",
+]
 
 
 class AnswerLimits(NamedTuple):
@@ -96,17 +92,16 @@ class AnswerStream:
             )
         self.network = network
         self._settings_groups = rows_by_settings(settings, len(prompts))
+        chosen = [settings] * len(prompts) if isinstance(settings, SamplingSettings) else settings
         ids = network.config.tokenizer
-        self._eos_id, self._pad_id = ids.eos_token_id, ids.pad_token_id
-        self._form = form
-        self._prompts = [opened_prompt(prompt, ids.answer_token_id, form) for prompt in prompts]
-        self._room = [answer_room(network, prompt, limits, form) for prompt in self._prompts]
-        # Of each row the special token that came last, in a form.
-        self._last = [None if form is None else form.opening_of(item) for item in self._prompts]
+        self._pad_id = ids.pad_token_id
+        self._rows = [
+            answer_row(network, prompt, limits, form, one, seed, draws)
+            for prompt, one, seed, draws in zip(
+                prompts, chosen, state.seeds, state.draws, strict=True
+            )
+        ]
         self._start = state
-        self._draws = list(state.draws)
-        self._answers: list[list[int]] = [[] for _ in prompts]
-        self._reasons: list[StopReason | None] = [None for _ in prompts]
         self._pending: list[int | None] | None = None
         self._compiled = compile_decode
         self._step: DecodeStep | None = None
@@ -115,36 +110,32 @@ class AnswerStream:
     @property
     def done(self) -> bool:
         """Whether every answer has ended."""
-        return all(reason is not None for reason in self._reasons)
+        return all(row.reason is not None for row in self._rows)
 
     @property
     def state(self) -> ConversationState:
         """The conversations with the draws made so far; their memory is that before the turn."""
-        return self._start.replaced(draws=tuple(self._draws))
+        return self._start.replaced(draws=tuple(row.draws for row in self._rows))
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens chosen so far, over all rows, [EOS] included."""
-        return sum(self._draws) - sum(self._start.draws)
+        return sum(row.draws for row in self._rows) - sum(self._start.draws)
 
     @property
     def ended(self) -> tuple[bool, ...]:
         """Which answers have ended, one value a row."""
-        return tuple(reason is not None for reason in self._reasons)
+        return tuple(row.reason is not None for row in self._rows)
 
     def stop(self, rows: Collection[int] | None = None) -> None:
         """End the answers of ``rows`` (None: all) that have not ended; the others go on."""
-        self._reasons = [
-            reason or ("stopped" if rows is None or row in rows else None)
-            for row, reason in enumerate(self._reasons)
-        ]
+        for index, row in enumerate(self._rows):
+            if row.reason is None and (rows is None or index in rows):
+                row.reason = "stopped"
 
     def answers(self) -> list[Answer]:
         """Return the answers as they are; those that have not ended count as 'stopped'."""
-        return [
-            Answer(list(ids), reason or "stopped", [*prompt, *ids, self._eos_id])
-            for prompt, ids, reason in zip(self._prompts, self._answers, self._reasons, strict=True)
-        ]
+        return [row.answer() for row in self._rows]
 
     def __iter__(self) -> Iterator[list[int | None]]:
         return self
@@ -153,22 +144,10 @@ class AnswerStream:
         if self.done:
             raise StopIteration
         chosen = self._choose(self._next_logits())
-        step: list[int | None] = [None for _ in chosen]
-        for row, token in enumerate(chosen):
-            if self._reasons[row] is not None:
-                continue
-            self._draws[row] += 1
-            if token == self._eos_id:
-                self._reasons[row] = "eos"
-                step[row] = token
-            elif len(self._answers[row]) == self._room[row]:
-                # The place of this token is [EOS]'s.
-                self._reasons[row] = "length"
-            else:
-                self._answers[row].append(token)
-                step[row] = token
-                if self._form is not None:
-                    self._last[row] = self._form.after(self._last[row], token)
+        step = [
+            row.take(token) if row.reason is None else None
+            for row, token in zip(self._rows, chosen, strict=True)
+        ]
         self._pending = step
         if all(token is None for token in step):
             raise StopIteration
@@ -180,8 +159,8 @@ class AnswerStream:
             if self._step is None or self._pending is None:
                 return self._prefill()
             rows = [
-                None if reason is not None else token
-                for token, reason in zip(self._pending, self._reasons, strict=True)
+                None if row.reason is not None else token
+                for token, row in zip(self._pending, self._rows, strict=True)
             ]
             return self._step(rows)
 
@@ -190,7 +169,7 @@ class AnswerStream:
         device = self.network.device
         slots = start.slots.to(device=device, dtype=self.network.memory_dtype)
         memory = decoder.read_memory(slots)
-        ids, mask = padded(self._prompts, self._pad_id)
+        ids, mask = padded([row.prompt for row in self._rows], self._pad_id)
         hidden, cache = decoder(
             ids.to(device),
             mask.to(device),
@@ -198,57 +177,14 @@ class AnswerStream:
             # Only the first tokens of a turn start from the turns before.
             carried=None if start.carried is None else start.carried.to(device),
         )
-        self._step = DecodeStep(decoder, memory, cache, max(self._room), compiled=self._compiled)
-        rows = torch.arange(len(self._prompts), device=device)
+        room = max(row.room for row in self._rows)
+        self._step = DecodeStep(decoder, memory, cache, room, compiled=self._compiled)
+        rows = torch.arange(len(self._rows), device=device)
         return decoder.logits(hidden[rows, mask.sum(dim=1).to(device) - 1])
 
     @torch.inference_mode()
     def _choose(self, logits: Tensor) -> list[int]:
-        if self._form is not None:
-            logits = self._form.restrict(logits, self._last)
-        if len(self._settings_groups) == 1:
-            ((settings, rows),) = self._settings_groups.items()
-            return self._choose_alike(logits, settings, rows)
-        chosen = [self._pad_id for _ in range(len(logits))]
-        for settings, rows in self._settings_groups.items():
-            index = torch.tensor(rows, device=logits.device)
-            alike = self._choose_alike(logits.index_select(0, index), settings, rows)
-            for row, token in zip(rows, alike, strict=True):
-                chosen[row] = token
-        return chosen
-
-    def _choose_alike(
-        self, logits: Tensor, settings: SamplingSettings, rows: list[int]
-    ) -> list[int]:
-        """Choose a token for each of ``rows``, which share their settings."""
-        uniforms = None
-        if settings.temperature > 0:
-            uniforms = [uniform_draw(self._start.seeds[row], self._draws[row]) for row in rows]
-        previous = None
-        if settings.repetition_penalty != 1.0:
-            previous = padded([self._answers[row] for row in rows], -1)[0].to(logits.device)
-        return sample(logits, settings, uniforms, previous).tolist()
-
-
-def rows_by_settings(
-    settings: SamplingSettings | Sequence[SamplingSettings], batch_size: int
-) -> dict[SamplingSettings, list[int]]:
-    """Return which of the rows share which settings.
-
-    Raises:
-        UserError: if there are several settings, but not one a row.
-    """
-    if isinstance(settings, SamplingSettings):
-        return {settings: list(range(batch_size))}
-    if len(settings) != batch_size:
-        raise UserError(
-            f"{len(settings)} sampling settings for {batch_size} conversations: give one for all, "
-            "or one each."
-        )
-    groups: dict[SamplingSettings, list[int]] = {}
-    for row, chosen in enumerate(settings):
-        groups.setdefault(chosen, []).append(row)
-    return groups
+        return choose_tokens(logits, self._rows, self._settings_groups)
 
 
 def turn_limit(network: RxTNetwork, max_seq_len: int | None = None) -> int:
@@ -264,6 +200,36 @@ def turn_limit(network: RxTNetwork, max_seq_len: int | None = None) -> int:
     if max_seq_len < 1:
         raise UserError(f"max_seq_len={max_seq_len} must be positive: use up to {limit}.")
     return min(limit, max_seq_len)
+
+
+def answer_row(
+    network: RxTNetwork,
+    prompt: Sequence[int],
+    limits: AnswerLimits,
+    form: AnswerForm | None,
+    settings: SamplingSettings,
+    seed: int,
+    draws: int,
+) -> AnswerRow:
+    """Return an answer that has not begun.
+
+    Args:
+        network: the model.
+        prompt: ``[BOS] [Q] query``; what opens the answer is added if missing.
+        limits: where it is cut.
+        form: how a model that thinks begins and goes on; None: it answers after [A].
+        settings: how tokens are chosen.
+        seed: of the conversation's draws.
+        draws: how many it has made.
+
+    Raises:
+        UserError: if the prompt is empty, holds ids outside the vocabulary, or leaves no room.
+    """
+    ids = network.config.tokenizer
+    opened = opened_prompt(prompt, ids.answer_token_id, form)
+    room = answer_room(network, opened, limits, form)
+    last = None if form is None else form.opening_of(opened)
+    return AnswerRow(opened, room, settings, seed, draws, ids.eos_token_id, form, last)
 
 
 def with_answer_token(prompt: Sequence[int], answer_id: int) -> list[int]:

@@ -22,6 +22,7 @@ from rxlm.rxt.answer_form import AnswerForm
 from rxlm.rxt.conversation import ConversationState
 from rxlm.rxt.generation import Answer, AnswerLimits, AnswerStream
 from rxlm.rxt.reactive import ReactiveModel
+from rxlm.rxt.side_stream import SideStream
 
 MemoryUpdate = Literal["inline", "background"]
 EarlyStop = Literal["commit", "discard"]
@@ -67,6 +68,8 @@ class OpenTurn:
     """Whether the reader has left."""
     dropped: set[int] = field(default_factory=set)
     """Those of ``rows`` that do not enter memory, whatever was said."""
+    aside: SideStream | None = None
+    """Where the update is computed, if by the worker."""
     update: RowsUpdate | None = None
     """Set when the update is computed, perhaps by the worker."""
     written: WrittenTurn | None = None
@@ -198,8 +201,9 @@ class HeldConversations:
         """As :meth:`commit`, on a worker thread; the next use of the conversation waits for it."""
         if turn.written is None:
             self._require_current(turn)
+            turn.aside = SideStream(self.model.device)
             worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rxlm-memory")
-            self._update = worker.submit(self._write, turn)
+            self._update = worker.submit(self._write_aside, turn, turn.aside)
             worker.shutdown(wait=False)
 
     def _require_current(self, turn: OpenTurn) -> None:
@@ -208,6 +212,10 @@ class HeldConversations:
                 "this answer was ended because the conversation went on without it; read an "
                 "answer to its end before the next turn."
             )
+
+    def _write_aside(self, turn: OpenTurn, aside: SideStream) -> None:
+        with aside.working(turn.stream.state.tensors()):
+            self._write(turn)
 
     def _write(self, turn: OpenTurn) -> None:
         # Also runs on the worker: touches nothing but the turn.
@@ -229,6 +237,8 @@ class HeldConversations:
         assert turn is not None and turn.update is not None, "the update is computed first"
         rows, updated, answers, seconds = turn.update
         if updated is not None:
+            if turn.aside is not None:
+                turn.aside.hand_over(updated.tensors())
             everyone = rows == tuple(range(self._state.batch_size))
             self._state = updated if everyone else self._state.with_rows(rows, updated)
         turn.written = WrittenTurn(turn.before, self._state, turn.query, answers, seconds)

@@ -378,6 +378,11 @@ class Session:
                 answer = event.answer
         return answer
 
+    def wait_for_memory(self) -> None:
+        """Wait for a memory update in the background; raises what it raised (it is tried again at
+        the next use)."""
+        self._held.settle()
+
     def stop(self) -> None:
         """End the answer that is being read; its reader gets ``TurnEnd('stopped')`` next.
 

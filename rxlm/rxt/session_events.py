@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from rxlm.rxt.generation import StopReason
+from rxlm.rxt.answer_row import StopReason
 from rxlm.rxt.held import WrittenTurn
 from rxlm.rxt.tools import ToolResult
 
@@ -77,9 +78,16 @@ DELTAS: dict[str, type[ThinkDelta] | type[TextDelta] | type[ToolCallDelta]] = {
 
 
 def write_size(written: WrittenTurn) -> float:
-    """Return how much a turn changed the memory: 0 not at all, 1 (about) altogether."""
-    before, after = written.before.slots.float(), written.after.slots.float()
-    larger = max(float(torch.linalg.vector_norm(before)), float(torch.linalg.vector_norm(after)))
-    if larger == 0.0:
-        return 0.0
-    return float(torch.linalg.vector_norm(after - before.to(after.device))) / larger
+    """Return how much a turn of one conversation changed its memory: 0 not at all, 1 (about)
+    altogether."""
+    return write_sizes(written.before.slots, written.after.slots)[0]
+
+
+def write_sizes(before: Tensor, after: Tensor) -> list[float]:
+    """Return how much B memories ``[L, B, S, D]`` changed, see :func:`write_size`."""
+    after = after.float().transpose(0, 1).flatten(1)
+    before = before.to(after.device).float().transpose(0, 1).flatten(1)
+    length = torch.linalg.vector_norm
+    larger = torch.maximum(length(before, dim=1), length(after, dim=1))
+    changed = length(after - before, dim=1)
+    return torch.where(larger > 0, changed / larger, 0.0).tolist()

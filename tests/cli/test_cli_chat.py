@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rxlm.cli.chat import Keyboard, default_sessions_dir
-from rxlm.cli.chat_loop import COMMANDS, Chat
+from rxlm.cli.chat_loop import COMMANDS, Chat, Lines
 from rxlm.cli.main import main
 from rxlm.errors import UserError
 from rxlm.ops.sampling import SamplingSettings
@@ -34,7 +34,7 @@ class Talk:
     def __init__(self, model: RxTAlpha, folder: Path) -> None:
         self.said: list[str] = []
         self.told: list[str] = []
-        self.chat = Chat(model, folder, say=self.said.append, tell=self.told.append)
+        self.chat = Chat(model, folder, Lines(self.said.append, self.told.append))
 
     def run(self, *lines: str) -> str:
         """Run lines; return what was told about the conversation."""
@@ -142,8 +142,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model: RxTAlpha, tmp_path: 
             signal.raise_signal(signal.SIGINT)
 
     sampled = SamplingSettings(temperature=1.0)
-    chat = Chat(model, tmp_path, say=interrupt_once, tell=told.append, settings=sampled)
-    with Keyboard(lambda: chat.session.stop()).interrupts():
+    screen = Lines(interrupt_once, told.append)
+    chat = Chat(model, tmp_path, screen, settings=sampled)
+    with Keyboard(lambda: "", lambda: chat.session.stop()).interrupts():
         chat.run(LINES[:2], forgiving=True)
         assert "[stopped]" in told
         assert [turn.query for turn in chat.session.turns] == LINES[:2]
@@ -152,12 +153,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model: RxTAlpha, tmp_path: 
 
 
 def test_ctrl_c_while_typing_clears_the_line_and_ctrl_d_leaves(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Catches a program that ends because a half-typed line was thrown away."""
     typed = iter(["hello", "interrupted", "again", EOFError()])
 
-    def read_line(prompt: str) -> str:
+    def read_line() -> str:
         line = next(typed)
         if line == "interrupted":
             signal.raise_signal(signal.SIGINT)
@@ -165,8 +166,7 @@ def test_ctrl_c_while_typing_clears_the_line_and_ctrl_d_leaves(
             raise line
         return line
 
-    monkeypatch.setattr("builtins.input", read_line)
-    keyboard = Keyboard(lambda: pytest.fail("there is no answer to stop"))
+    keyboard = Keyboard(read_line, lambda: pytest.fail("there is no answer to stop"))
     with keyboard.interrupts():
         assert list(keyboard.lines()) == ["hello", "again"]
     assert "Ctrl-D leaves" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rxlm.cli.chat_loop import Chat
+from rxlm.cli.chat_loop import Chat, Lines
 from rxlm.rxt.models import RxTAlpha, RxTBeta
 from rxlm.rxt.session import Session, TextDelta, ThinkDelta, ToolCallDelta, TurnEnd
 from rxlm.tokenization import TokenizerTraining, train_tokenizer
@@ -25,7 +25,7 @@ def make_chat(cls: type[RxTAlpha], folder: Path) -> tuple[Chat, list[str], list[
         model = cls(part, part, memory, tokenizer=tokenizer).eval()
     said: list[str] = []
     told: list[str] = []
-    return Chat(model, folder, say=said.append, tell=told.append), said, told
+    return Chat(model, folder, Lines(said.append, told.append)), said, told
 
 
 def test_the_mode_is_chosen_and_shown(tmp_path: Path) -> None:

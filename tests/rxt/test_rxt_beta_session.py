@@ -54,9 +54,11 @@ def scripted(tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Scri
 
         def choose(stream: AnswerStream, logits: torch.Tensor) -> list[int]:
             if id(stream) not in running:
-                form: AnswerForm = stream._form
+                (row,) = stream._rows
+                form: AnswerForm | None = row.form
+                assert form is not None
                 ids = next(texts)
-                opened = form.opening_of(stream._prompts[0]) is not None
+                opened = form.opening_of(row.prompt) is not None
                 running[id(stream)] = iter(ids[1:] if opened else ids)
                 streams.append(stream)
             return [next(running[id(stream)])]

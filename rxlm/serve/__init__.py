@@ -1,0 +1,1 @@
+"""Serving conversations: a store of sessions, the engine that answers them, and how to reach it."""
