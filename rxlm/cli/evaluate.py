@@ -74,7 +74,7 @@ def recall(
     from rxlm.training.device import cpu_threads
     from rxlm.training.final_evaluation import recall_settings, recipe_of_model
 
-    _check_writable(json_file, html_file)
+    check_writable(json_file, html_file)
     recipe = recipe_of_model(local_folder(model_dir))
     base = RecallSettings() if recipe is None else recall_settings(recipe)
     words = list(overrides or [])
@@ -82,7 +82,7 @@ def recall(
         words.append(f"seeds={list(range(seeds))}")
     settings = with_overrides(base, words)
     with cpu_threads(threads):
-        model = _load(model_dir, device)
+        model = load_model(model_dir, device)
         with work_progress("recall") as shown:
             result = evaluate_recall(model, settings, shown)
         report = build_report(model, name=model_dir, recall=result)
@@ -119,7 +119,7 @@ def perplexity(
         recipe_of_model,
     )
 
-    _check_writable(json_file, html_file)
+    check_writable(json_file, html_file)
     recipe = recipe_of_model(local_folder(model_dir))
     base = PerplexitySettings() if recipe is None else recipe.evaluation.perplexity
     settings = with_overrides(base, overrides or [])
@@ -129,7 +129,7 @@ def perplexity(
         own = recipe is not None and data is None
         measured = perplexity_conversations(recipe.data if own else DataConfig(), settings)  # type: ignore[union-attr]
     with cpu_threads(threads):
-        model = _load(model_dir, device)
+        model = load_model(model_dir, device)
         with work_progress("perplexity") as shown:
             result = evaluate_perplexity(
                 model, measured.conversations, settings, source=measured.source, progress=shown
@@ -167,7 +167,7 @@ def language_model(
     from rxlm.training.device import cpu_threads, resolve_device
     from rxlm.training.lm_evaluation import evaluated_text, lm_recipe_of_model
 
-    _check_writable(json_file)
+    check_writable(json_file)
     settings = with_overrides(LMEvaluationSettings(), overrides or [])
     folder = local_folder(model_dir)
     with cpu_threads(threads):
@@ -246,7 +246,8 @@ class _PlainProgress:
             logger.info("%s %d/%d (%.0f s): %s", self._title, done, total, seconds, doing)
 
 
-def _load(model_dir: str, device: str) -> RxTAlpha:
+def load_model(model_dir: str, device: str) -> RxTAlpha:
+    """Return the model that a folder means, on a device."""
     from rxlm.rxt.models import RxTAlpha
     from rxlm.training.device import resolve_device
 
@@ -267,7 +268,7 @@ def _show(report: Mapping[str, Any], json_file: Path | None, html_file: Path | N
     print_tables(report)
 
 
-def _check_writable(*files: Path | None) -> None:
+def check_writable(*files: Path | None) -> None:
     """Raise ``UserError`` now, not after minutes of work, when a result file cannot be written."""
     from rxlm.errors import UserError
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -20,14 +22,13 @@ from rxlm.evaluation.suite.facts import (
 )
 from rxlm.evaluation.suite.findings import Finding
 from rxlm.evaluation.suite.settings import FactsSettings, SuiteSettings
-from tests.evaluation.suite.contestants import Dice, First, Oracle, Parrot, Textual
 
 SETTINGS = SuiteSettings.quick().facts.model_copy(
     update={"side_distances": (1, 4), "together": (2, 4), "long_distances": (24, 64)}
 )
 
 
-def rows_of(contestant: Textual, settings: FactsSettings = SETTINGS) -> list[FactsRow]:
+def rows_of(contestant: Any, settings: FactsSettings = SETTINGS) -> list[FactsRow]:
     """Return the rows of one contestant on two seeds."""
     return run_facts([contestant], settings, (0, 1))
 
@@ -37,9 +38,9 @@ def by_name(found: list[Finding]) -> dict[str, Finding]:
     return {item["name"]: item for item in found}
 
 
-def test_an_oracle_reaches_everything() -> None:
+def test_an_oracle_reaches_everything(known: ModuleType) -> None:
     """Catches a question that has no right answer, and a score that calls one wrong."""
-    rows = rows_of(Oracle(("M",)))
+    rows = rows_of(known.Oracle(("M",)))
     assert all(row["exact"] == 1.0 for row in rows)
     found = by_name(summarise_facts(rows))
     assert found["false_recall"]["value"] == 0.0 and found["stale"]["value"] == 0.0
@@ -53,45 +54,45 @@ def test_an_oracle_reaches_everything() -> None:
     assert "not within" in found["half_distance_4"]["note"]
 
 
-def test_a_dice_is_at_chance() -> None:
+def test_a_dice_is_at_chance(known: ModuleType) -> None:
     """Catches a level of chance that is too low: then guessing looks like remembering."""
     settings = SETTINGS.model_copy(update={"dialogues": 240, "long_distances": ()})
-    rows = [row for row in rows_of(Dice(), settings) if row["group"] == "main"]
+    rows = [row for row in rows_of(known.Dice(), settings) if row["group"] == "main"]
     found, chance = pooled(rows), mean_chance(rows)
     assert found.low <= chance <= found.high
     assert capacity(4, chance, chance) == pytest.approx(0, abs=1e-9)
-    unknown = by_name(summarise_facts(rows_of(Dice())))["false_recall"]
+    unknown = by_name(summarise_facts(rows_of(known.Dice())))["false_recall"]
     assert unknown["value"] == 1.0 and unknown["passed"] is False
 
 
-def test_a_parrot_gets_nothing() -> None:
+def test_a_parrot_gets_nothing(known: ModuleType) -> None:
     """Catches an answer that is right because the turn before says it (distance 1 with an echo)."""
-    rows = rows_of(Parrot())
+    rows = rows_of(known.Parrot())
     assert all(row["exact"] == 0.0 for row in rows if row["distance"] > 1)
     # Even the turn before says "noted", not the answer.
     assert pooled(select(rows, group="main")).mean < 0.02
 
 
-def test_old_values_are_counted_as_stale() -> None:
+def test_old_values_are_counted_as_stale(known: ModuleType) -> None:
     """Catches a stale rate that does not see a model which never updates."""
-    found = by_name(summarise_facts(rows_of(First())))
+    found = by_name(summarise_facts(rows_of(known.First())))
     assert found["stale"]["value"] == 1.0 and found["stale"]["passed"] is False
     assert found["updated"]["value"] == 0.0
     assert found["four_facts"]["value"] == 1.0
 
 
-def test_controls_are_judged_against_chance() -> None:
+def test_controls_are_judged_against_chance(known: ModuleType) -> None:
     """Catches a control that passes although it knows the answers: a leak."""
-    found = by_name(summarise_facts(run_facts([Oracle(("M", "Z", "X"))], SETTINGS, (0,))))
+    found = by_name(summarise_facts(run_facts([known.Oracle(("M", "Z", "X"))], SETTINGS, (0,))))
     assert found["Z_minus_chance"]["passed"] is False
     assert found["memory_use"]["value"] == 0.0
 
 
-def test_capacity_is_the_published_formula() -> None:
+def test_capacity_is_the_published_formula(known: ModuleType) -> None:
     """ARMT: n pairs among v values at accuracy a hold (n v a - n) / (v - 1)."""
     assert capacity(10, 0.55, 1 / 10) == pytest.approx((10 * 10 * 0.55 - 10) / 9)
     assert capacity(10, 1.0, 1 / 10) == pytest.approx(10)
-    rows = rows_of(Oracle())
+    rows = rows_of(known.Oracle())
     assert [point["facts"] for point in capacity_points(rows)] == [1, 4, 8]
 
 
