@@ -8,7 +8,6 @@ Shapes: L layers, A tokens of an answer, S slots, N turns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +17,10 @@ from rich.text import Text
 
 from rxlm.evaluation.memory_trace import TurnTrace
 
-SHADES = " .:-=+*#%@"
+SHADES = "\u00b7.:-=+*#%@"
 """From nothing to all, for terminals and pipes."""
+MAX_BLOCKS = 64
+"""Blocks of a line; with more slots, a block is the largest of several."""
 TOP_SLOTS = 3
 """How many slots are named for a token or a layer."""
 MAX_TOKENS = 48
@@ -45,7 +46,7 @@ def written_table(trace: TurnTrace) -> Table:
     """Return one line a layer: a block for each slot, and the slots that changed most."""
     table = _table("written: change of each slot, relative to its size (0 none, 1 altogether)")
     for name in ("layer", "slots from 0", "mean", "most"):
-        table.add_column(name, justify="right" if name == "mean" else "left")
+        table.add_column(name, justify="right" if name == "mean" else "left", no_wrap=True)
     largest = float(trace.written.max())
     for layer, values in enumerate(trace.written.tolist()):
         table.add_row(
@@ -59,20 +60,17 @@ def written_table(trace: TurnTrace) -> Table:
 
 
 def read_table(trace: TurnTrace) -> Table:
-    """Return one line a token: for each layer its blocks and the slots that it read most."""
+    """Return for each token a line a layer: a block for each slot, and the slots read most."""
     assert trace.read is not None
     num_layers, num_tokens, num_slots = trace.read.shape
     table = _table("read: weight of each slot (mean over heads) when the token was read")
-    table.add_column("token")
-    for layer in range(num_layers):
-        table.add_column(f"layer {layer}")
-        table.add_column("most")
+    for name in ("token", "layer", "slots from 0", "most"):
+        table.add_column(name, no_wrap=True)
     for place in range(min(num_tokens, MAX_TOKENS)):
-        cells: list[Any] = [Text(repr(trace.tokens[place])[1:-1])]
         for layer in range(num_layers):
             values = trace.read[layer, place].tolist()
-            cells += [blocks(values, max(values)), _largest(values)]
-        table.add_row(*cells)
+            token = Text(repr(trace.tokens[place])[1:-1] if layer == 0 else "")
+            table.add_row(token, str(layer), blocks(values, max(values)), _largest(values))
     note = f"even reading would be {1 / num_slots:.3f} a slot; blocks: relative to the token's most"
     left_out = num_tokens - MAX_TOKENS
     table.caption = note + (f"; {left_out} more tokens are not listed" if left_out > 0 else "")
@@ -82,8 +80,10 @@ def read_table(trace: TurnTrace) -> Table:
 def blocks(values: Sequence[float], largest: float) -> Text:
     """Return a character for each value, its shade and colour from 0 to ``largest``."""
     text = Text()
-    for value in values:
-        share = 0.0 if largest <= 0 or math.isnan(value) else min(1.0, value / largest)
+    size = -(-len(values) // MAX_BLOCKS)
+    for start in range(0, len(values), size):
+        value = max(values[start : start + size])
+        share = 0.0 if largest <= 0 else min(1.0, value / largest)
         level = round(share * (len(SHADES) - 1))
         light = round(23 * share)
         # Grey levels of the 256 colours, behind a character that says the same without colour.

@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 PASSED, FAILED = "passed", "FAILED"
+MET, NOT_MET = "met", "not met"
 """Cells that are coloured."""
 
-_STYLES = {PASSED: "green", FAILED: "bold red"}
+_STYLES = {PASSED: "green", FAILED: "bold red", MET: "green", NOT_MET: "bold red"}
+_CLASSES = {PASSED: "passed", FAILED: "failed", MET: "passed", NOT_MET: "failed"}
 
 
 class Table(NamedTuple):
@@ -76,5 +78,5 @@ def html_table(table: Table) -> str:
 
 
 def _html_cell(cell: str) -> str:
-    kind = f' class="{cell.lower()}"' if cell in (PASSED, FAILED) else ""
+    kind = f' class="{_CLASSES[cell]}"' if cell in _CLASSES else ""
     return f"<td{kind}>{html.escape(cell)}</td>"

@@ -106,5 +106,6 @@ def test_it_can_be_read_in_a_pipe(model: RxTAlpha) -> None:
     text = capture.get()
     assert "turn 1: My name is Ann." in text and "[A]" in text and "layer 1" in text
     assert f"darkest: {float(trace.written.max()):.3f}" in text
-    assert blocks([0.0, 0.5, 1.0], 1.0).plain == " =@" or blocks([0.0, 1.0], 1.0).plain == " @"
+    assert blocks([0.0, 0.34, 1.0], 1.0).plain == "\u00b7-@"
+    assert blocks([0.0] * 127 + [1.0], 1.0).plain == "\u00b7" * 63 + "@"
     assert trace_png([trace]).startswith(b"\x89PNG")
