@@ -31,14 +31,14 @@ def suite_tables(document: Mapping[str, Any]) -> list[Table]:
 def goals_table(document: Mapping[str, Any]) -> Table:
     """Return every number that a goal stands for, and whether it is reached."""
     body = [
-        (TEST_TITLES[item["test"]][:2], *_finding_cells(item))
+        (f"{TEST_TITLES[item['test']][:2]} {item['label']}", *_finding_cells(item)[1:])
         for result in document["tests"].values()
         for item in result["findings"]
         if item["goal"] is not None
     ]
     return Table(
         "Goals of the suite",
-        ("test", "", "found", "95 % interval", "by seed", "goal", ""),
+        ("", "found", "95 % interval", "by seed", "goal", ""),
         body,
         "Shares in percent. 'not judged': could not be measured; the test's own table says why.",
     )

@@ -56,12 +56,13 @@ def test_an_oracle_reaches_everything(known: ModuleType) -> None:
 
 def test_a_dice_is_at_chance(known: ModuleType) -> None:
     """Catches a level of chance that is too low: then guessing looks like remembering."""
-    settings = SETTINGS.model_copy(update={"dialogues": 240, "long_distances": ()})
-    rows = [row for row in rows_of(known.Dice(), settings) if row["group"] == "main"]
+    update = {"dialogues": 240, "distances": (1,), "facts": (4,), "long_distances": ()}
+    rows = select(rows_of(known.Dice(), SETTINGS.model_copy(update=update)), group="main")
     found, chance = pooled(rows), mean_chance(rows)
     assert found.low <= chance <= found.high
     assert capacity(4, chance, chance) == pytest.approx(0, abs=1e-9)
-    unknown = by_name(summarise_facts(rows_of(known.Dice())))["false_recall"]
+    few = SETTINGS.model_copy(update={"dialogues": 12, "long_distances": ()})
+    unknown = by_name(summarise_facts(rows_of(known.Dice(), few)))["false_recall"]
     assert unknown["value"] == 1.0 and unknown["passed"] is False
 
 
