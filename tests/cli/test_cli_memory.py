@@ -17,7 +17,7 @@ def test_what_is_said_and_what_a_session_said(
 ) -> None:
     """Catches a session that is changed by looking, and another turn than the last."""
     model = RxTAlpha.from_pretrained(str(micro_pipeline))
-    session = model.session(max_seq_len=24)
+    session = Session(model, max_seq_len=24)
     for text in ("Hi.", "I am Ann."):
         session.ask(text)
     session.save(tmp_path / "ann")

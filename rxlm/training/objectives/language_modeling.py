@@ -213,7 +213,8 @@ class LMObjective(Objective):
         """Return every ``size``-th row of each bucket, so that all processes have equal work."""
 
         def part(rows: LMRows) -> LMRows:
-            return LMRows(*(None if item is None else item[rank::size] for item in rows))
+            more = (None if item is None else item[rank::size] for item in rows[2:])
+            return LMRows(rows.ids[rank::size], rows.mask[rank::size], *more)
 
         return [part(rows) for rows in batch]
 
