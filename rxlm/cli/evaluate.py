@@ -216,7 +216,7 @@ def suite(
     Real dialogues are read from the folder that RXLM_DATA names; tests that need them are skipped
     without it. Tests that are finished in the JSON file are not run again.
 
-    Example: rxlm eval suite runs/nano --json suite.json --html suite.html --baseline runs/nano-baseline
+    Example: rxlm eval suite runs/nano --html suite.html --baseline runs/nano-baseline
     """
     from rxlm.evaluation.suite.figures import draw_suite
     from rxlm.evaluation.suite.page import baseline_note, provenance, suite_page, verdict
