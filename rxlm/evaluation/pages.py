@@ -218,6 +218,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--faint); }
 th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
 th:first-child, td:first-child, table.prose th, table.prose td { text-align: left; }
+td.short { white-space: nowrap; }
 td.passed { color: var(--good); } td.failed { color: var(--bad); font-weight: 700; }
 .note, figcaption { color: var(--quiet); font-size: .85rem; }
 figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; }
