@@ -56,7 +56,13 @@ def test_an_oracle_reaches_everything(known: ModuleType) -> None:
 
 def test_a_dice_is_at_chance(known: ModuleType) -> None:
     """Catches a level of chance that is too low: then guessing looks like remembering."""
-    update = {"dialogues": 240, "distances": (1,), "facts": (4,), "long_distances": ()}
+    update = {
+        "dialogues": 1200,
+        "distances": (1,),
+        "facts": (4,),
+        "side_distances": (),
+        "long_distances": (),
+    }
     rows = select(rows_of(known.Dice(), SETTINGS.model_copy(update=update)), group="main")
     found, chance = pooled(rows), mean_chance(rows)
     assert found.low <= chance <= found.high
