@@ -143,6 +143,12 @@ PAGES: Mapping[str, Page] = {
             "rxlm.evaluation.scoring",
             "rxlm.evaluation.statistics",
             "rxlm.evaluation.report",
+            "rxlm.evaluation.suite.settings",
+            "rxlm.evaluation.suite.contestant",
+            "rxlm.evaluation.suite.runner",
+            "rxlm.evaluation.suite.findings",
+            "rxlm.evaluation.reward",
+            "rxlm.evaluation.memory_trace",
         ),
     ),
     "lm": Page(

@@ -1,4 +1,4 @@
-"""``rxlm eval``: measure a model: recall over turns, perplexity, a language model's table."""
+"""``rxlm eval``: measure a model: recall, perplexity, a language model's table, the whole suite."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def register(app: typer.Typer) -> None:
     family.command("recall")(recall)
     family.command("perplexity")(perplexity)
     family.command("lm")(language_model)
+    family.command("suite")(suite)
     app.add_typer(family, name="eval")
 
 
@@ -74,7 +75,7 @@ def recall(
     from rxlm.training.device import cpu_threads
     from rxlm.training.final_evaluation import recall_settings, recipe_of_model
 
-    _check_writable(json_file, html_file)
+    check_writable(json_file, html_file)
     recipe = recipe_of_model(local_folder(model_dir))
     base = RecallSettings() if recipe is None else recall_settings(recipe)
     words = list(overrides or [])
@@ -82,7 +83,7 @@ def recall(
         words.append(f"seeds={list(range(seeds))}")
     settings = with_overrides(base, words)
     with cpu_threads(threads):
-        model = _load(model_dir, device)
+        model = load_model(model_dir, device)
         with work_progress("recall") as shown:
             result = evaluate_recall(model, settings, shown)
         report = build_report(model, name=model_dir, recall=result)
@@ -119,7 +120,7 @@ def perplexity(
         recipe_of_model,
     )
 
-    _check_writable(json_file, html_file)
+    check_writable(json_file, html_file)
     recipe = recipe_of_model(local_folder(model_dir))
     base = PerplexitySettings() if recipe is None else recipe.evaluation.perplexity
     settings = with_overrides(base, overrides or [])
@@ -129,7 +130,7 @@ def perplexity(
         own = recipe is not None and data is None
         measured = perplexity_conversations(recipe.data if own else DataConfig(), settings)  # type: ignore[union-attr]
     with cpu_threads(threads):
-        model = _load(model_dir, device)
+        model = load_model(model_dir, device)
         with work_progress("perplexity") as shown:
             result = evaluate_perplexity(
                 model, measured.conversations, settings, source=measured.source, progress=shown
@@ -167,7 +168,7 @@ def language_model(
     from rxlm.training.device import cpu_threads, resolve_device
     from rxlm.training.lm_evaluation import evaluated_text, lm_recipe_of_model
 
-    _check_writable(json_file)
+    check_writable(json_file)
     settings = with_overrides(LMEvaluationSettings(), overrides or [])
     folder = local_folder(model_dir)
     with cpu_threads(threads):
@@ -179,6 +180,101 @@ def language_model(
     if json_file is not None:
         write_json(result, json_file)
     console.results().print(rich_table(language_model_table(result)))
+
+
+def suite(
+    model_dir: ModelDir,
+    overrides: Overrides = None,
+    json_file: JsonFile = None,
+    html_file: HtmlFile = None,
+    tests: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T1,T2,...",
+            help="Which of facts, babi, dialogues, cost, reward, slots.  [default: all]",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(metavar="0,1,...", help="Sets of test questions.  [default: 0,1,2]"),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LM_DIR",
+            help="A language model of equal size and the same tokenizer, for the controls F and N.",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A look in under a minute: few questions, one seed.")
+    ] = False,
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """Run the tests of the memory suite, with every control beside every number.
+
+    Real dialogues are read from the folder that RXLM_DATA names; tests that need them are skipped
+    without it. Tests that are finished in the JSON file are not run again.
+
+    Example: rxlm eval suite runs/nano --html suite.html --baseline runs/nano-baseline
+    """
+    from rxlm.evaluation.suite.figures import draw_suite
+    from rxlm.evaluation.suite.page import baseline_note, provenance, suite_page, verdict
+    from rxlm.evaluation.suite.runner import Subject, run_suite
+    from rxlm.evaluation.suite.settings import SuiteSettings
+    from rxlm.evaluation.suite.tables import suite_tables
+    from rxlm.evaluation.tables import rich_table
+    from rxlm.lm.language_model import LanguageModel
+    from rxlm.storage.files import write_bytes
+    from rxlm.training.device import cpu_threads, resolve_device
+
+    check_writable(json_file, html_file)
+    words = list(overrides or [])
+    words += [] if tests is None else [f"tests=[{tests}]"]
+    words += [] if seeds is None else [f"seeds=[{seeds}]"]
+    settings = with_overrides(SuiteSettings.quick() if quick else SuiteSettings(), words)
+    data = real_data()
+    with cpu_threads(threads):
+        model = load_model(model_dir, device)
+        other = None
+        if baseline is not None:
+            other = LanguageModel.from_pretrained(baseline, device=resolve_device(device))
+        document = run_suite(
+            Subject(model, other, data),
+            settings,
+            progress=work_progress,
+            name=model_dir,
+            baseline_name=baseline or "",
+            keep=json_file,
+        )
+    if json_file is not None:
+        from rxlm.evaluation.report import write_json
+
+        write_json(document, json_file)
+    if html_file is not None:
+        write_bytes(html_file, suite_page(document, draw_suite(document)).encode("utf-8"))
+    for table in suite_tables(document):
+        console.results().print(rich_table(table))
+    for line in (verdict(document), baseline_note(document), provenance(document)):
+        console.results().print(line, markup=False, highlight=False)
+
+
+def real_data() -> Path | None:
+    """Return the folder of real dialogues that ``RXLM_DATA`` names; None without it.
+
+    Raises:
+        UserError: if it names no folder.
+    """
+    import os
+
+    from rxlm.errors import UserError
+
+    value = os.environ.get("RXLM_DATA")
+    if not value:
+        return None
+    if not Path(value).is_dir():
+        raise UserError(f"RXLM_DATA={value} is not a folder: it should hold dialogues/ and text/.")
+    return Path(value)
 
 
 def with_overrides(settings: ConfigType, overrides: list[str]) -> ConfigType:
@@ -246,7 +342,8 @@ class _PlainProgress:
             logger.info("%s %d/%d (%.0f s): %s", self._title, done, total, seconds, doing)
 
 
-def _load(model_dir: str, device: str) -> RxTAlpha:
+def load_model(model_dir: str, device: str) -> RxTAlpha:
+    """Return the model that a folder means, on a device."""
     from rxlm.rxt.models import RxTAlpha
     from rxlm.training.device import resolve_device
 
@@ -267,7 +364,7 @@ def _show(report: Mapping[str, Any], json_file: Path | None, html_file: Path | N
     print_tables(report)
 
 
-def _check_writable(*files: Path | None) -> None:
+def check_writable(*files: Path | None) -> None:
     """Raise ``UserError`` now, not after minutes of work, when a result file cannot be written."""
     from rxlm.errors import UserError
 

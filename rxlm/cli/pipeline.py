@@ -123,7 +123,10 @@ def _evaluate(last: PlannedStage, root: Path) -> None:
     if isinstance(recipe, TokenizerRecipe):
         return
     if isinstance(recipe, LMRecipe):
-        console.results().out(f"measure it: rxlm eval lm {root} --data FILE", highlight=False)
+        verb = f"eval lm {root} --data FILE"
+        if recipe.objective.interactions:
+            verb = f"eval suite MODEL_DIR --baseline {root}"
+        console.results().out(f"measure it: rxlm {verb}", highlight=False)
         return
     model_folder = resolve_model_dir(last.folder)
     report = evaluate_pipeline(recipe, root, model_folder, work_progress)

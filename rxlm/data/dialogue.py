@@ -72,6 +72,10 @@ def acknowledgement(wording: int, echo: str) -> str:
     return ACKNOWLEDGEMENTS[wording // 2 % len(ACKNOWLEDGEMENTS)]
 
 
+def _listed(clauses: Sequence[str]) -> str:
+    return f"{', '.join(clauses[:-1])} and {clauses[-1]}"
+
+
 def made_up_word(rng: random.Random, kind: FactKind) -> str:
     """Return a word of two random syllables, such as "Brulom": one of about a million."""
     word = "".join(
@@ -172,13 +176,18 @@ class Dialogue:
 
     def tell_two(self, first: FactKind, value: str, second: FactKind, other: str) -> None:
         """Add a turn that tells two facts in one sentence."""
-        text = f"{first.clause.replace('{}', value)} and {second.clause.replace('{}', other)}."
-        known = first.answer.replace("{}", value).removesuffix(".")
-        also = second.answer.replace("{}", other).removesuffix(".")
-        echo = f"{known} and {also[0].lower()}{also[1:]}, noted."
-        answer = acknowledgement(FACT_KINDS.index(first), echo)
-        told = ((first.name, value), (second.name, other))
-        self.add(Interaction(capitalised(text), answer, "fact", first.name, value, told=told))
+        self.tell_several([(first, value), (second, other)])
+
+    def tell_several(self, facts: Sequence[tuple[FactKind, str]]) -> None:
+        """Add a turn that tells several facts (at least two) in one sentence."""
+        clauses = [kind.clause.replace("{}", value) for kind, value in facts]
+        known = [kind.answer.replace("{}", value).removesuffix(".") for kind, value in facts]
+        rest = [f"{also[0].lower()}{also[1:]}" for also in known[1:]]
+        echo = f"{_listed([known[0], *rest])}, noted."
+        answer = acknowledgement(FACT_KINDS.index(facts[0][0]), echo)
+        told = tuple((kind.name, value) for kind, value in facts)
+        text = capitalised(f"{_listed(clauses)}.")
+        self.add(Interaction(text, answer, "fact", *told[0], told=told))
 
     def tell_random(self, count: int) -> None:
         """Add a turn that tells ``count`` (1 or 2) facts of kinds not told yet."""

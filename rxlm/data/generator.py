@@ -119,6 +119,7 @@ class DialogueGenerator:
         num_facts: int,
         unseen: Literal["none", "pairs", "templates", "words"] = "none",
         split: str = "test",
+        together: int = 1,
     ) -> Conversation:
         """Return test dialogue ``index``; its last interaction is the question under test.
 
@@ -135,14 +136,20 @@ class DialogueGenerator:
                 test is one never told in training; ``'templates'``: statement and question are
                 worded in a way held out of training; ``'words'``: the value is a made-up word.
             split: ``unseen`` other than ``'none'`` exists in ``'test'`` only.
+            together: facts in the sentence that tells the one under test (of ``'recall'``); more
+                than two in one sentence never occur in training.
         """
         _check(index, split)
-        plan = probes.ProbePlan(kind=kind, distance=distance, num_facts=num_facts, unseen=unseen)
+        plan = probes.ProbePlan(kind, distance, num_facts, unseen, together)
         if unseen != "none" and split != "test":
             raise UserError(f"unseen={unseen!r} exists in split 'test' only, got split={split!r}.")
-        rng = seeded("probe", self.config.seed, split, index, kind, distance, num_facts, unseen)
+        # A single fact draws as it did before there was a choice: other dialogues stay the same.
+        more = () if together == 1 else (together,)
+        key = (split, index, kind, distance, num_facts, unseen, *more)
+        rng = seeded("probe", self.config.seed, *key)
         turns = probes.build(plan, rng, index, self._common, self._held_out)
-        name = f"builtin-{split}-{kind}-d{distance}-k{num_facts}-{unseen}-{index}"
+        suffix = "".join(f"-t{count}" for count in more)
+        name = f"builtin-{split}-{kind}-d{distance}-k{num_facts}-{unseen}{suffix}-{index}"
         return Conversation(turns, id=name, source="builtin")
 
     def probe_questions(

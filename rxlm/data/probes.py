@@ -35,6 +35,8 @@ class ProbePlan:
     distance: int
     num_facts: int
     unseen: str
+    together: int = 1
+    """How many facts the sentence tells that tells the one under test."""
 
     def __post_init__(self) -> None:
         if self.kind not in PROBE_KINDS:
@@ -47,6 +49,17 @@ class ProbePlan:
             )
         if self.distance < 1:
             raise UserError(f"distance={self.distance}: expected at least 1 (the previous turn).")
+        if not 1 <= self.together <= self.num_facts:
+            raise UserError(
+                f"together={self.together}: expected 1 to num_facts={self.num_facts} facts in the "
+                "sentence that tells the one under test."
+            )
+        if self.together > 1 and (self.kind != "recall" or self.unseen == "templates"):
+            raise UserError(
+                f"together={self.together}: several facts in one sentence are told in one wording, "
+                f"and only kind='recall' asks for them; got kind={self.kind!r}, "
+                f"unseen={self.unseen!r}."
+            )
         most = len(FACT_KINDS) - (self.kind == "unknown")
         if not 1 <= self.num_facts <= most:
             raise UserError(
@@ -64,6 +77,7 @@ def build(
     # Of an unknown fact there is nothing to tell: another one is told at the distance instead.
     told = others.pop() if plan.kind == "unknown" else tested
     values = _choose_values(plan, dialogue, told, others, held_out)
+    companions = [others.pop() for _ in range(plan.together - 1)]
     unusual = plan.unseen == "templates"
     statements = told.statements[-1:] if unusual else None
 
@@ -78,6 +92,9 @@ def build(
 
     if plan.kind == "update":
         dialogue.update(told, values[told.name])
+    elif companions:
+        facts = [(kind, values[kind.name]) for kind in (told, *companions)]
+        dialogue.tell_several(shuffled(rng, facts))
     else:
         dialogue.tell(told, values[told.name], statements)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rxlm.evaluation.result_tables import mistakes_table, report_tables
@@ -92,14 +92,25 @@ def markdown_page(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
 
 def html_page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """Return the report as one self-contained HTML page; ``pictures`` are PNG files by name."""
-    title = html.escape(_title(report))
+    return render_html(_title(report), page_blocks(report, list(pictures)), pictures)
+
+
+def render_html(title: str, blocks: Iterable[Block], pictures: Mapping[str, bytes]) -> str:
+    """Return one self-contained HTML page, for light and dark screens.
+
+    Args:
+        title: also the first heading.
+        blocks: the content.
+        pictures: PNG or SVG files by name.
+    """
+    title = html.escape(title)
     parts = [
         "<!doctype html>\n"
         '<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n"
     ]
-    for block in page_blocks(report, list(pictures)):
+    for block in blocks:
         if isinstance(block, Heading):
             parts.append(f"<h2>{html.escape(block.text)}</h2>\n")
         elif isinstance(block, Picture):
@@ -182,27 +193,36 @@ def _html_talk(talk: Talk) -> str:
 def _html_picture(picture: Picture, content: bytes) -> str:
     data = base64.b64encode(content).decode("ascii")
     caption = html.escape(picture.caption)
+    # A PNG has a white ground of its own; an SVG shows the page's.
+    kind = "png" if content.startswith(b"\x89PNG") else "svg+xml"
     return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f'<figure><img alt="{caption}" src="data:image/{kind};base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>\n"
     )
 
 
 STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+:root { color-scheme: light dark; --ink: #1a1a1a; --ground: #fff; --line: #ddd; --faint: #eee;
+        --quiet: #555; --panel: #f6f7f9; --good: #00682c; --bad: #a30000; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e4; --ground: #16181c; --line: #3a3d44; --faint: #2a2d33;
+          --quiet: #a0a4ab; --panel: #20242a; --good: #5fd38d; --bad: #ff8a80; }
+  img[src^="data:image/png"] { background: #fff; border-radius: .4rem; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
        max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
+h1 { font-size: 1.6rem; } h2 { margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
 h3 { margin-bottom: .3rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eee; }
-th { border-bottom: 2px solid #bbb; vertical-align: bottom; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--faint); }
+th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
 th:first-child, td:first-child, table.prose th, table.prose td { text-align: left; }
-td.passed { color: #00682c; } td.failed { color: #a30000; font-weight: 700; }
-.note, figcaption { color: #555; font-size: .85rem; }
+td.short { white-space: nowrap; }
+td.passed { color: var(--good); } td.failed { color: var(--bad); font-weight: 700; }
+.note, figcaption { color: var(--quiet); font-size: .85rem; }
 figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; }
-.talk { background: #f6f7f9; border-radius: .5rem; padding: .7rem 1rem; }
-.line { margin: .15rem 0; } .turn { display: inline-block; width: 2.2rem; color: #777; }
-.restart { text-align: center; color: #777; font-style: italic; }
+.talk { background: var(--panel); border-radius: .5rem; padding: .7rem 1rem; }
+.line { margin: .15rem 0; } .turn { display: inline-block; width: 2.2rem; color: var(--quiet); }
+.restart { text-align: center; color: var(--quiet); font-style: italic; }
 """

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -253,6 +253,61 @@ def _measure(
     sums: _Sums,
 ) -> None:
     """Add the losses of the ``batch_size`` conversations from ``start`` on."""
+    for condition, losses, rows, plan in _batch_losses(
+        model, turns, conversations, start, settings
+    ):
+        turn, carried = _belonging(plan, rows)
+        sums.add(condition, losses, turn, carried)
+
+
+def token_losses(
+    model: ReactiveModel,
+    conversations: Sequence[Conversation],
+    conditions: Sequence[Condition],
+    batch_size: int = 32,
+) -> dict[Condition, list[list[list[float]]]]:
+    """Return the loss of every token of every answer, in nats.
+
+    Args:
+        model: with its tokenizer.
+        conversations: at least two; each borrows the memory of the next.
+        conditions: what the decoder reads.
+        batch_size: conversations computed at once; changes no result.
+
+    Returns:
+        by condition, conversation, turn and token: all tokens after [A], [EOS] included.
+
+    Raises:
+        UserError: if a turn is longer than the model's ``seq_len``.
+    """
+    settings = PerplexitySettings(batch_size=batch_size, conditions=tuple(conditions))
+    turns = TurnEncoder(model.require_tokenizer(), turn_limit(model))
+    found: dict[Condition, list[list[list[float]]]] = {
+        condition: [[[] for _ in item.interactions] for item in conversations]
+        for condition in conditions
+    }
+    with evaluation_mode(model), torch.no_grad():
+        for start in range(0, len(conversations), batch_size):
+            for condition, losses, rows, plan in _batch_losses(
+                model, turns, conversations, start, settings
+            ):
+                count = plan.batch.num_dialogues - 1
+                places = rows.place.tolist()
+                sizes = [len(plan.carried[place]) for place in places]
+                for place, part in zip(places, losses.split(sizes), strict=True):
+                    dialogue, turn = start + place % count, plan.turn[place] - 1
+                    found[condition][dialogue][turn] = part.tolist()
+    return found
+
+
+def _batch_losses(
+    model: ReactiveModel,
+    turns: TurnEncoder,
+    conversations: Sequence[Conversation],
+    start: int,
+    settings: PerplexitySettings,
+) -> Iterator[tuple[Condition, Tensor, Rows, _Plan]]:
+    """Yield condition, losses of the tokens that count ``[M]``, the rows that they are of, plan."""
     part = conversations[start : start + settings.batch_size]
     # The last of the batch borrows the memory of the first of the next one, so that the batch
     # size does not change who borrows from whom.
@@ -272,8 +327,7 @@ def _measure(
         for rows in batch.answer:
             carried_in = _carried_to_read(condition, history, batch, rows)
             losses, kept = _token_losses(model, rows, read, carried_in)
-            turn, carried = _belonging(plan, rows)
-            sums.add(condition, losses[kept].cpu(), turn, carried)
+            yield condition, losses[kept].cpu(), rows, plan
 
 
 def _carried_history(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+Item = TypeVar("Item")
 
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -60,3 +63,42 @@ def estimate(counts: Sequence[tuple[int, int, int]]) -> Estimate:
     shares = [item[0] / item[1] for item in by_seed.values()]
     low, high = wilson_interval(successes, trials)
     return Estimate(successes / trials, low, high, min(shares), max(shares), trials)
+
+
+def difference(first: Estimate, second: Estimate) -> tuple[float, float, float]:
+    """Return the difference of two independent shares and its 95 % interval (Newcombe, 1998)."""
+    gap = first.mean - second.mean
+    below = math.hypot(first.mean - first.low, second.high - second.mean)
+    above = math.hypot(first.high - first.mean, second.mean - second.low)
+    return gap, gap - below, gap + above
+
+
+def bootstrap(
+    items: Sequence[Item],
+    statistic: Callable[[Sequence[Item]], float | None],
+    rounds: int = 400,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Return a 95 % percentile bootstrap interval (Efron, 1979), the same for the same input.
+
+    Args:
+        items: what is drawn with replacement: whole conversations, not tokens, since what is said
+            in one conversation hangs together.
+        statistic: of such a draw; None where it cannot be told.
+        rounds: draws.
+        seed: of the draws.
+
+    Returns:
+        None if the statistic could not be told of most draws.
+    """
+    rng = random.Random(seed)
+    found = []
+    for _ in range(rounds):
+        value = statistic([items[int(rng.random() * len(items))] for _ in items])
+        if value is not None and math.isfinite(value):
+            found.append(value)
+    if 2 * len(found) < rounds:
+        return None
+    found.sort()
+    last = len(found) - 1
+    return found[round(0.025 * last)], found[round(0.975 * last)]

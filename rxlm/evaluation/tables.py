@@ -10,9 +10,13 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 PASSED, FAILED = "passed", "FAILED"
+MET, NOT_MET = "met", "not met"
 """Cells that are coloured."""
+SHORT = 20
+"""Characters of a cell that stays on one line of a page."""
 
-_STYLES = {PASSED: "green", FAILED: "bold red"}
+_STYLES = {PASSED: "green", FAILED: "bold red", MET: "green", NOT_MET: "bold red"}
+_CLASSES = {PASSED: "passed", FAILED: "failed", MET: "passed", NOT_MET: "failed"}
 
 
 class Table(NamedTuple):
@@ -76,5 +80,8 @@ def html_table(table: Table) -> str:
 
 
 def _html_cell(cell: str) -> str:
-    kind = f' class="{cell.lower()}"' if cell in (PASSED, FAILED) else ""
+    kinds = [_CLASSES[cell]] if cell in _CLASSES else []
+    if len(cell) <= SHORT:
+        kinds.append("short")
+    kind = f' class="{" ".join(kinds)}"' if kinds else ""
     return f"<td{kind}>{html.escape(cell)}</td>"

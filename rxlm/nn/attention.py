@@ -137,6 +137,32 @@ class Attention(nn.Module):
             query = apply_rotary(query, phases)
         return query
 
+    def weights(
+        self, x: Tensor, key_value: KeyValue, mask: Tensor | None, phases: Tensor | None
+    ) -> Tensor:
+        """Return how much each token attends to each key, for people to look at.
+
+        Args:
+            x: ``[B, T, D]``.
+            key_value: as for :meth:`forward`.
+            mask: as for :meth:`forward`.
+            phases: as for :meth:`forward`.
+
+        Returns:
+            ``[B, max(H, G), T, P]`` in fp32; a row sums to 1, or to 0 where nothing is visible.
+        """
+        query, key = self.project_queries(x, phases).float(), key_value.key.float()
+        heads = max(query.shape[2], key.shape[2])
+        query, key = (
+            part.repeat_interleave(heads // part.shape[2], dim=2).transpose(1, 2)
+            for part in (query, key)
+        )
+        scores = query @ key.transpose(-1, -2) * self.settings.head_dim**-0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        # A query that sees nothing has no largest score: its weights would be NaN.
+        return scores.softmax(dim=-1).nan_to_num(0.0)
+
     def combine(self, heads: Tensor, x: Tensor) -> Tensor:
         """Return the output ``[B, T, D]`` of heads ``[B, T, max(H, G), K]``, gated by ``x``."""
         mixed = heads.flatten(-2)

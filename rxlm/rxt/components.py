@@ -357,6 +357,56 @@ class RxTDecoder(_Component):
             histories[0].started.flatten(),
         )
 
+    @torch.no_grad()
+    def slot_weights(
+        self,
+        ids: Tensor,
+        *,
+        memory: MemoryReading,
+        carried: CarriedState | None = None,
+    ) -> Tensor:
+        """Return which slots each token of whole turns of one length reads; for people to look at.
+
+        Nothing is kept in the model: each layer's weights are computed anew from what it gets.
+
+        Args:
+            ids: ``[B, T]``, from [BOS] on, without padding.
+            memory: from :meth:`read_memory`.
+            carried: as for :meth:`forward`.
+
+        Returns:
+            ``[L, B, T, S]``, the mean over heads.
+
+        Raises:
+            UserError: if this decoder reads its memory in another way than by attention.
+        """
+        if not self._reads_memory:
+            raise UserError(
+                "this decoder has no memory cross-attention (skip_memory_cross_attention), so no "
+                "token reads slots with weights."
+            )
+        length, device = ids.shape[1], ids.device
+        mask = (
+            visible_keys(None, length, length, causal=True, device=device)
+            if self._has_keys
+            else None
+        )
+        phases = self._phases(token_positions(None, length, device))
+        carried_layers = self._carried_layers(carried, ids.shape[0], None)
+        x = self.embed(ids)
+        weights = []
+        for index, layer in enumerate(self.all_layers):
+            inputs: dict[str, Any] = {
+                "mask": mask,
+                "phases": phases,
+                "carried": carried_layers.get(index),
+                **self.reading_of(index, memory),
+            }
+            if "memory" in inputs:
+                weights.append(layer.slot_weights(x, **inputs).mean(dim=1))
+            x, _ = layer(x, **inputs)
+        return torch.stack(weights)
+
     def reading_of(self, index: int, memory: MemoryReading | None) -> dict[str, Any]:
         """Return what the layer at ``index`` of all reads of a memory: nothing, if stateless."""
         place = index - len(self.initial_layers)

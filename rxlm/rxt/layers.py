@@ -263,6 +263,30 @@ class ReactiveLayer(nn.Module):
         )
         return x.unflatten(0, layout.turn.shape).flatten(1, 2), history
 
+    def slot_weights(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None,
+        phases: Tensor | None,
+        memory: KeyValue,
+        memory_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        condition: MemoryCondition | None = None,
+        carried: CarriedLayer | None = None,
+    ) -> Tensor:
+        """Return which slots each token of a turn reads, computed anew beside :meth:`forward`.
+
+        Arguments are those of :meth:`forward`.
+
+        Returns:
+            ``[B, heads, T, S]``, see :meth:`rxlm.nn.attention.Attention.weights`.
+        """
+        normed = self.norm_self(x)
+        mixed, _ = self._attend_to_self(normed, mask, phases, key_mask, None, condition, carried)
+        attending = self.norm_cross(x + mixed)
+        return self.cross_attention.weights(attending, memory, memory_mask, phases)
+
     def _after_self_attention(
         self,
         x: Tensor,

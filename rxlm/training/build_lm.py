@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 import torch
 
+from rxlm.data.conversation_source import open_conversations
 from rxlm.data.records import DataSummary
 from rxlm.errors import UserError
 from rxlm.lm.config import LMConfig
 from rxlm.lm.language_model import LanguageModel
 from rxlm.tokenization import Tokenizer
 from rxlm.training.corpus import RowSettings, check_long_enough, open_rows, open_stream
+from rxlm.training.objectives.dialogue_rows import DialogueRows
 from rxlm.training.objectives.language_modeling import (
     LMObjective,
     lm_architecture,
@@ -115,6 +117,8 @@ def build_lm_objective(recipe: LMRecipe, model: LanguageModel) -> LMObjective:
 def open_corpus(recipe: LMRecipe, tokenizer: Tokenizer, length: int) -> Corpus:
     """Return training and validation rows of at most ``length`` tokens."""
     data, settings = recipe.data, recipe.objective
+    if settings.interactions:
+        return dialogue_corpus(recipe, tokenizer, length)
     rows = RowSettings(tokenizer, length, settings.packing, settings.dialogues, settings.turns)
     summaries: dict[str, DataSummary] = {"train": DataSummary(), "valid": DataSummary()}
     if data.streaming:
@@ -126,6 +130,34 @@ def open_corpus(recipe: LMRecipe, tokenizer: Tokenizer, length: int) -> Corpus:
     valid = open_rows(data, "valid", rows._replace(dialogues=count), summaries["valid"])
     read = {split: item for split, item in summaries.items() if item.num_records}
     return Corpus(train, valid, read)
+
+
+def dialogue_corpus(recipe: LMRecipe, tokenizer: Tokenizer, length: int) -> Corpus:
+    """Return training and validation conversations, each a row of at most ``length`` tokens.
+
+    Raises:
+        UserError: for data that are texts.
+    """
+    data, settings = recipe.data, recipe.objective
+    for name in ("text", "mixture", "streaming"):
+        if getattr(data, name):
+            raise UserError(
+                f"objective.interactions=true reads data.dialogues, not data.{name}: leave one out."
+            )
+    summaries: dict[str, DataSummary] = {"train": DataSummary(), "valid": DataSummary()}
+    counts = {"train": settings.dialogues, "valid": settings.validation_rows}
+    rows = {
+        split: DialogueRows(
+            open_conversations(data, split, summaries[split]),
+            tokenizer,
+            length,
+            settings.turns,
+            count,
+        )
+        for split, count in counts.items()
+    }
+    read = {split: item for split, item in summaries.items() if item.num_records}
+    return Corpus(rows["train"], rows["valid"], read)
 
 
 def build_lm_on_meta(config: LMConfig) -> LanguageModel:

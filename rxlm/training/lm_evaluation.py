@@ -14,6 +14,7 @@ from rxlm.data.conversation_source import BUILTIN, DataConfig
 from rxlm.data.dataset_texts import is_dataset, load_dataset_texts
 from rxlm.data.records import DataSummary
 from rxlm.data.sources import load_texts
+from rxlm.errors import UserError
 from rxlm.evaluation.language_model import EvaluatedText
 from rxlm.lm.language_model import LanguageModel
 from rxlm.training.corpus import stream_validation_texts
@@ -50,6 +51,11 @@ def evaluated_text(
     """
     settings = LMSettings() if recipe is None else recipe.objective
     own = DataConfig() if recipe is None else recipe.data
+    if data is None and settings.interactions:
+        raise UserError(
+            "this model was trained on interactions (objective.interactions=true), whose answers "
+            "`rxlm eval suite MODEL --baseline` measures; give --data for a text."
+        )
     if data is None or data == BUILTIN:
         chosen = own if data is None else DataConfig(generator=own.generator)
         documents = _validation_documents(chosen, max_documents, settings.turns)

@@ -84,3 +84,34 @@ def test_bad_input_is_status_2_before_the_work(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_suite_writes_its_files_and_goes_on(
+    micro_pipeline: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches options that are ignored, and finished tests that are run again."""
+    monkeypatch.delenv("RXLM_DATA", raising=False)
+    files = ["--json", str(tmp_path / "s.json"), "--html", str(tmp_path / "s.html")]
+    words = [
+        "facts={distances: [1], facts: [1], long_distances: [], side_distances: [1], "
+        "side_facts: 2, together: [2], capacity_facts: [], dialogues: 2}",
+        "max_answer_tokens=3",
+    ]
+    command = ["eval", "suite", str(micro_pipeline), *words, "--seeds", "0,3", *files]
+    assert main([*command, "--tests", "facts,babi"]) == 0
+    document = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
+    assert {row["seed"] for row in document["tests"]["facts"]["rows"]} == {0, 3}
+    assert document["tests"]["babi"]["status"] == "skipped"
+    assert "Goals of the suite" in capsys.readouterr().out
+    assert "T1 Facts over turns" in (tmp_path / "s.html").read_text(encoding="utf-8")
+    seconds = document["tests"]["facts"]["seconds"]
+    assert main([*command, "--tests", "babi,facts"]) == 0
+    again = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
+    assert again["tests"]["facts"]["seconds"] == seconds
+    assert list(again["tests"]) == ["babi", "facts"]
+    monkeypatch.setenv("RXLM_DATA", str(tmp_path / "nowhere"))
+    assert main([*command, "--tests", "babi"]) == 2
+    assert "RXLM_DATA" in capsys.readouterr().err

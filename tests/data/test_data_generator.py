@@ -373,3 +373,29 @@ def test_chance_is_one_in_the_pool() -> None:
     """Catches a chance level of another pool, which would make a useless model look good."""
     assert GENERATOR.chance("number") == 1 / 90
     assert GENERATOR.chance("friend") == 1 / 100
+
+
+@pytest.mark.parametrize("together", [2, 4])
+def test_several_facts_in_one_turn(together: int) -> None:
+    """Catches a fact under test that is told alone, at another distance, or always first."""
+    places = set()
+    for index in range(40):
+        turns = GENERATOR.probe(index, distance=3, num_facts=5, together=together).interactions
+        asked, telling = turns[-1], turns[-4]
+        told = dict(telling.told)
+        assert len(telling.told) == together and asked.distance == 3
+        assert told[asked.fact] == asked.value
+        assert all(value in telling.query for value in told.values())
+        assert sum(asked.fact in dict(turn.told) for turn in turns) == 1
+        places.add(list(told).index(asked.fact))
+    assert places == set(range(together))
+
+
+def test_together_of_one_is_the_probe_without_it() -> None:
+    """Catches a new option that changes the dialogues that published numbers were measured on."""
+    plain = GENERATOR.probe(7, distance=3, num_facts=4, unseen="pairs")
+    assert plain == GENERATOR.probe(7, distance=3, num_facts=4, unseen="pairs", together=1)
+    with pytest.raises(UserError, match="together=3"):
+        GENERATOR.probe(0, distance=3, num_facts=2, together=3)
+    with pytest.raises(UserError, match="one wording"):
+        GENERATOR.probe(0, kind="update", distance=3, num_facts=2, together=2)

@@ -27,6 +27,7 @@ from rxlm.data.sources import parse_conversation, parse_text
 from rxlm.evaluation.language_model import LMEvaluationSettings
 from rxlm.evaluation.perplexity import PerplexitySettings
 from rxlm.evaluation.recall_plan import RecallSettings
+from rxlm.evaluation.suite.settings import SuiteSettings
 from rxlm.rxt.models import RxTAlpha
 from rxlm.tokenization import TokenizerTraining, train_tokenizer
 from rxlm.training.described_model import described_model
@@ -222,6 +223,7 @@ def check_overrides(names: list[str], values: dict[str, Any]) -> None:
             "recall": RecallSettings(),
             "perplexity": PerplexitySettings(),
             "lm": LMEvaluationSettings(),
+            "suite": SuiteSettings(),
         }[names[1]]
         with_overrides(settings, overrides)
 

@@ -7,12 +7,24 @@ from pathlib import Path
 
 import pytest
 
+from rxlm.evaluation.suite.baseline import non_embedding_parameters
+from rxlm.rxt.config import RxTConfig
+from rxlm.rxt.model import RxTNetwork
+from rxlm.training.build_lm import build_lm_on_meta
 from rxlm.training.dry_run import dry_run
-from rxlm.training.recipes import STAGES, read_folder, read_recipe, recipe_files
+from rxlm.training.recipes import (
+    STAGES,
+    LMRecipe,
+    MemoryAwareRecipe,
+    read_folder,
+    read_recipe,
+    recipe_files,
+)
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = tuple(ROOT / "stages" / name for name in ("nano", "nano-linear", "mini"))
-RECIPES = [path for folder in FOLDERS for path in recipe_files(folder)]
+BASELINE = ROOT / "stages" / "nano-baseline"
+RECIPES = [path for folder in (*FOLDERS, BASELINE) for path in recipe_files(folder)]
 folders = pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 names = pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 
@@ -49,7 +61,7 @@ def test_header_says_what_one_wants_to_know(path: Path) -> None:
     for label in ("Hardware:", "Time:", "Run:", "Good:"):
         assert label in header
     assert f"rxlm train stages/{path.parent.name}/{path.name}" in header
-    number = re.search(r"Stage (\d) of 5", header)
+    number = re.search(rf"Stage (\d) of {len(recipe_files(path.parent))}", header)
     assert number is not None
     assert int(number[1]) == recipe_files(path.parent).index(path) + 1
 
@@ -67,3 +79,23 @@ def test_all_stages_describe_one_model(folder: Path) -> None:
     stages = read_folder(folder)
     models = {stage.recipe.model.model_dump_json() for stage in stages}  # type: ignore[union-attr]
     assert len(models) == 1
+
+
+def test_the_baseline_is_of_equal_size_and_reads_the_same() -> None:
+    """Catches a twin of another size, on other dialogues, or trained on fewer of them."""
+    model = read_folder(FOLDERS[0])[-1].recipe
+    tokenizer, twin = (stage.recipe for stage in read_folder(BASELINE))
+    assert isinstance(model, MemoryAwareRecipe) and isinstance(twin, LMRecipe)
+    assert tokenizer.tokenizer == model.tokenizer and tokenizer.data == twin.data == model.data
+    config = RxTConfig(
+        decoder=model.model.decoder,
+        encoder=model.model.encoder,
+        memory_attention=model.model.memory_attention,
+    )
+    wanted = non_embedding_parameters(RxTNetwork(config))
+    found = non_embedding_parameters(build_lm_on_meta(twin.model))
+    assert found == pytest.approx(wanted, rel=0.03)
+    assert twin.objective.interactions
+    phase = model.objective.phases[-1]
+    assert (twin.objective.turns, twin.objective.batch_size) == (phase.turns, phase.dialogues)
+    assert twin.train.steps == model.train.steps

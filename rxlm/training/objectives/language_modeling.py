@@ -2,7 +2,8 @@
 
 A row is a piece of one document, or (``packing``) several pieces that do not see each other, so
 nothing is read across documents; all tokens of a piece after its first are targets, [EOS] at a
-document's end included. The loss is the mean over the targets of an
+document's end included. Or (``interactions``) it is a conversation, of which the answers are the
+targets. The loss is the mean over the targets of an
 update, however it is cut into micro-batches.
 
 Shapes: R rows of a bucket, T tokens of its longest row, V vocabulary.
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rxlm.configuration import Config
@@ -56,22 +57,39 @@ class LMSettings(Config):
     packing: bool = False
     """Whether a row is filled up with several documents; they do not see each other. Then
     ``batch_size`` rows hold more tokens, and fewer of them are padding."""
+    interactions: bool = False
+    """Whether a row is a whole conversation in the form in which a Reactive Transformer reads its
+    turns, and only what the model says is learned: the baseline of one (`rxlm eval suite`).
+    ``turns`` is then also the most that is read of a conversation from a file."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> LMSettings:
+        if self.packing and self.interactions:
+            raise ValueError(
+                "packing=true fills rows with pieces that do not see each other, interactions=true "
+                "with turns that do: choose one"
+            )
+        return self
 
 
 class LMRows(NamedTuple):
     """Right-padded rows of one bucket.
 
     ``ids`` int64 ``[R, T]``, ``mask`` bool ``[R, T]``; ``segments`` int64 ``[R, T]``, which piece
-    of a packed row a token is of (from 1; 0 is padding), None where each row is one piece.
+    of a packed row a token is of (from 1; 0 is padding), None where each row is one piece;
+    ``learned`` bool ``[R, T]``: which tokens are, None: all.
     """
 
     ids: Tensor
     mask: Tensor
     segments: Tensor | None = None
+    learned: Tensor | None = None
 
     @property
     def targets(self) -> Tensor:
         """Which tokens after the first are predicted, bool ``[R, T - 1]``."""
+        if self.learned is not None:
+            return self.learned[:, 1:]
         if self.segments is None:
             return self.mask[:, 1:]
         return self.mask[:, 1:] & (self.segments[:, 1:] == self.segments[:, :-1])
@@ -93,6 +111,21 @@ def packed_rows(
             [number for number, piece in enumerate(row, start=1) for _ in piece] for row in part
         ]
         buckets.append(LMRows(ids, mask, padded(numbers, 0)[0]))
+    return buckets
+
+
+def dialogue_rows(
+    rows: Sequence[Sequence[EncodedTurn]], num_buckets: int, pad_id: int
+) -> list[LMRows]:
+    """Like :func:`bucketed_rows`, for conversations of several turns each, joined to a row."""
+    buckets = []
+    for part in _buckets(rows, num_buckets, lambda row: sum(len(turn.ids) for turn in row)):
+        ids, mask = padded([[token for turn in row for token in turn.ids] for row in part], pad_id)
+        learned = [
+            [int(place >= turn.answer_start) for turn in row for place in range(len(turn.ids))]
+            for row in part
+        ]
+        buckets.append(LMRows(ids, mask, None, padded(learned, 0)[0].bool()))
     return buckets
 
 
@@ -155,8 +188,10 @@ class LMObjective(Objective):
         return self._batch([self.train_rows.sample(first + index, 1) for index in range(size)])
 
     def _batch(self, encoded: list[list[EncodedTurn]]) -> list[LMRows]:
-        rows = [[piece.ids for piece in row] for row in encoded]
         buckets, pad_id = self.settings.num_buckets, self.tokenizer.pad_id
+        if self.settings.interactions:
+            return dialogue_rows(encoded, buckets, pad_id)
+        rows = [[piece.ids for piece in row] for row in encoded]
         if self.settings.packing:
             return packed_rows(rows, buckets, pad_id)
         return bucketed_rows([row[0] for row in rows], buckets, pad_id)
@@ -178,8 +213,8 @@ class LMObjective(Objective):
         """Return every ``size``-th row of each bucket, so that all processes have equal work."""
 
         def part(rows: LMRows) -> LMRows:
-            segments = None if rows.segments is None else rows.segments[rank::size]
-            return LMRows(rows.ids[rank::size], rows.mask[rank::size], segments)
+            more = (None if item is None else item[rank::size] for item in rows[2:])
+            return LMRows(rows.ids[rank::size], rows.mask[rank::size], *more)
 
         return [part(rows) for rows in batch]
 

@@ -14,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from rxlm.data import DialogueGenerator
+from rxlm.data.conversation_source import GeneratedConversations
 from rxlm.errors import UserError
 from rxlm.lm import LanguageModel
 from rxlm.ops import losses
-from rxlm.tokenization import Tokenizer
+from rxlm.tokenization import Tokenizer, encode_interaction
 from rxlm.training import loggers
 from rxlm.training.checkpoint import find_latest
 from rxlm.training.distributed.strategy import Strategy
 from rxlm.training.metrics import TIMING_FIELDS, read_metrics
+from rxlm.training.objectives.dialogue_rows import DialogueRows
 from rxlm.training.objectives.language_modeling import LMObjective, LMSettings, bucketed_rows
 from rxlm.training.objectives.row_windows import TextRows
 from rxlm.training.optim import build_optimizer
@@ -233,3 +236,53 @@ def test_logging_is_optional_and_missing_packages_are_named(
     assert not (tmp_path / "b" / "tensorboard").exists()
     assert TrainSettings(steps=1, tensorboard=False).loggers == ()
     assert TrainSettings(steps=1, wandb_project="x").loggers == ("tensorboard", "wandb")
+
+
+def interactions_objective(tokenizer: Tokenizer, length: int = 64, turns: int = 3) -> LMObjective:
+    """Return an objective on built-in dialogues as interactions."""
+    config = {**CONFIG, "vocab_size": tokenizer.vocab_size, "attention": "softmax"}
+    source = GeneratedConversations(DialogueGenerator())
+    rows = DialogueRows(source, tokenizer, length, turns, 10)
+    settings = LMSettings(batch_size=4, validation_rows=8, interactions=True)
+    return LMObjective(LanguageModel(config, tokenizer), rows, rows, settings)
+
+
+def test_only_answers_of_a_conversation_are_learned(tiny_tokenizer: Tokenizer) -> None:
+    """Catches queries that are learned, a turn that is not read, and a lost [A] or [EOS]."""
+    objective = interactions_objective(tiny_tokenizer)
+    rows = objective.batch(0, 0)
+    assert sum(len(bucket.ids) for bucket in rows) == 4
+    conversation = DialogueGenerator().conversation(0, 3)
+    turns = [
+        encode_interaction(tiny_tokenizer, t.query, t.answer) for t in conversation.interactions
+    ]
+    kept, learned = [], []
+    for turn in turns:
+        if len(kept) + len(turn.ids) > 64:
+            break
+        kept += turn.ids
+        learned += turn.ids[turn.answer_start :]
+    found = [
+        (
+            bucket.ids[row][bucket.mask[row]].tolist(),
+            bucket.ids[row, 1:][bucket.targets[row]].tolist(),
+        )
+        for bucket in rows
+        for row in range(len(bucket.ids))
+    ]
+    assert (kept, learned) in found
+    output = objective.loss(rows, 0)
+    assert output.num_targets == sum(len(part[1]) for part in found)
+    parts = [objective.shard(rows, rank, 2) for rank in range(2)]
+    assert sum(objective.count_targets(part) for part in parts) == output.num_targets
+
+
+def test_interactions_refuse_what_they_cannot_read(tiny_tokenizer: Tokenizer) -> None:
+    """Catches turns that are cut in the middle, and settings that contradict each other."""
+    with pytest.raises(ValueError, match="choose one"):
+        LMSettings(packing=True, interactions=True)
+    with pytest.raises(UserError, match="seq_len"):
+        interactions_objective(tiny_tokenizer, length=8).batch(0, 0)
+    with torch.no_grad():
+        found = interactions_objective(tiny_tokenizer).validate()
+    assert set(found) == {"loss", "perplexity", "accuracy"}
