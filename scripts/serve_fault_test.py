@@ -138,8 +138,10 @@ def serve(folder: Path, num_sessions: int) -> int:
         tiny_model(), folder, ServeLimits(max_sessions=10**6, keep_versions=2), model_name="tiny"
     )
     missing = missing_turns(service, expected)
-    print(json.dumps({"missing": missing, "turns": len(expected)}), flush=True)
-    known = {info.session_id for info in service.sessions(limit=num_sessions)}
+    sessions = service.sessions(limit=num_sessions)
+    known = {info.session_id for info in sessions}
+    stored = sum(info.num_turns for info in sessions)
+    print(json.dumps({"missing": missing, "turns": stored}), flush=True)
     lock = threading.Lock()
 
     def talk(session_id: str) -> None:

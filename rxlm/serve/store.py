@@ -419,7 +419,14 @@ class SessionStore:
         for turn_id, state in states.items():
             self._cache.put(turn_id, state)
         self._forget([*dropped, *refused])
-        return [refused.get(turn.turn_id) or self.turn(turn.turn_id) for turn in turns]
+        return [refused.get(turn.turn_id) or self._stored(turn.turn_id) for turn in turns]
+
+    def _stored(self, turn_id: str) -> TurnInfo | NotFoundError:
+        """Return a turn that was just stored, or that it was deleted since."""
+        try:
+            return self.turn(turn_id)
+        except NotFoundError as error:
+            return error
 
     def counts(self) -> StoreCounts:
         """Count sessions and state files."""

@@ -41,7 +41,7 @@ def ask(service: ConversationService, session_id: str, text: str, **fields: Any)
 
 @pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_interleaved_sessions_say_what_they_say_alone(
-    model: RxTAlpha, service: ConversationService, count: int
+    model: RxTAlpha, service: ConversationService, tmp_path: Path, count: int
 ) -> None:
     """Fails if anything of a session reaches another: memory, draws, settings, texts, order; or if
     joining, leaving and batched updates change a token."""
@@ -80,6 +80,14 @@ def test_interleaved_sessions_say_what_they_say_alone(
         stored = service._store.state(head)
         torch.testing.assert_close(stored.slots, alone.state.slots, atol=1e-6, rtol=1e-6)
         assert (stored.draws, stored.num_turns) == (alone.state.draws, alone.state.num_turns)
+        kept = service.turns(info.session_id)
+        assert [turn.query for turn in kept] == [text for text, _ in turns]
+        assert {turn.session_id for turn in kept} == {info.session_id}
+    # States hold numbers; nobody's words are in them, whoever's they are.
+    files = list((tmp_path / "store" / "states").iterdir())
+    assert len(files) == sum(len(turns) for _, turns in plans)
+    content = b"".join(path.read_bytes() for path in files)
+    assert not any(text.encode() in content for _, turns in plans for text, _ in turns)
 
 
 def test_events_come_in_order_and_end(service: ConversationService) -> None:
