@@ -74,6 +74,10 @@ def chat(
         int, typer.Option(min=1, help="CPU threads; small models are fastest on one.")
     ] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    compile_decode: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile decoding: a minute once, then faster answers."),
+    ] = False,
     plain: Annotated[
         bool, typer.Option("--plain", help="On a terminal too: no Markdown, no line editing.")
     ] = False,
@@ -99,7 +103,15 @@ def chat(
             from rxlm.cli.chat_terminal import Terminal
 
             screen = Terminal(console.results(), _tell)
-        talk = Chat(model, folder, screen, system=system, seed=seed, settings=settings)
+        talk = Chat(
+            model,
+            folder,
+            screen,
+            system=system,
+            seed=seed,
+            settings=settings,
+            compile_decode=compile_decode,
+        )
         if session is not None:
             talk.open(session)
         if not sys.stdin.isatty():

@@ -81,6 +81,7 @@ class Chat:
         system: str | None = None,
         seed: int = 0,
         settings: SamplingSettings | None = None,
+        compile_decode: bool = False,
     ) -> None:
         """Begin an unsaved conversation.
 
@@ -91,12 +92,17 @@ class Chat:
             system: system prompt of new conversations.
             seed: of their random draws.
             settings: how tokens are chosen; None: greedy, or as a loaded conversation has it.
+            compile_decode: run the steps of answers compiled.
+
+        Raises:
+            UserError: for ``compile_decode`` without a compiler.
         """
         self.model = model
         self.folder = folder
         self.name: str | None = None
         self.screen = screen
         self._system, self._seed, self._settings = system, seed, settings
+        self._compile_decode = compile_decode
         self._stats: Stats | None = None
         self._write_size: float | None = None
         self.session = self._new_session()
@@ -125,7 +131,7 @@ class Chat:
             raise UserError(f"no conversation '{name}' in {self.folder} (there is: {saved}).")
         from rxlm.rxt.session import Session
 
-        self.session = Session.load(path, self.model)
+        self.session = Session.load(path, self.model, compile_decode=self._compile_decode)
         if self._settings is not None:
             self.session.settings = self._settings
         self.name = name
@@ -343,7 +349,12 @@ class Chat:
         from rxlm.ops.sampling import SamplingSettings
 
         settings = self._settings or SamplingSettings(temperature=0.0)
-        return self.model.session(system=self._system, seed=self._seed, settings=settings)
+        return self.model.session(
+            system=self._system,
+            seed=self._seed,
+            settings=settings,
+            compile_decode=self._compile_decode,
+        )
 
     def _path(self, name: str) -> Path:
         if not _NAME.match(name):

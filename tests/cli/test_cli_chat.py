@@ -131,6 +131,24 @@ def test_unusable_options_are_status_2(
     assert "does not exist" in capsys.readouterr().err
 
 
+def test_compiled_decoding_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    model: RxTAlpha,
+    micro_pipeline: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches an option that changes nothing, or is lost in a new or a loaded conversation."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert pipe(monkeypatch, "Hello\n", micro_pipeline, tmp_path, "--compile") == 2
+    assert "no-such-compiler" in capsys.readouterr().err
+    monkeypatch.setattr("rxlm.rxt.session.check_compiler", lambda device: None)
+    chat = Chat(model, tmp_path, Lines(print, print), compile_decode=True)
+    assert chat.session.compile_decode
+    chat.run(["/save kept", "/new", "/load kept"], forgiving=False)
+    assert chat.session.compile_decode
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(model: RxTAlpha, tmp_path: Path) -> None:
     """Catches Ctrl-C that ends the program, loses the turn, or stops every later answer."""
     said: list[str] = []
