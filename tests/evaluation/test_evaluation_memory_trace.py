@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -104,7 +105,8 @@ def test_it_can_be_read_in_a_pipe(model: RxTAlpha) -> None:
     with console.capture() as capture:
         console.print(turn_view(trace, 1))
     text = capture.get()
-    assert "turn 1: My name is Ann." in text and "[A]" in text and "layer 1" in text
+    assert "turn 1: My name is Ann." in text and "[A]" in text
+    assert all(re.search(rf"^ +{layer} +\S{{4}} ", text, re.MULTILINE) for layer in (0, 1))
     assert f"darkest: {float(trace.written.max()):.3f}" in text
     assert blocks([0.0, 0.34, 1.0], 1.0).plain == "\u00b7-@"
     assert blocks([0.0] * 127 + [1.0], 1.0).plain == "\u00b7" * 63 + "@"
