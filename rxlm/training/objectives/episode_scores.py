@@ -1,7 +1,7 @@
 """Sampled episodes as numbers for the loss and for the log. Pure functions.
 
-Shapes: B dialogues, G conversations of each, N turns, P places (``n * B * G + b * G + g``), M target
-tokens of a bucket.
+Shapes: B dialogues, G conversations of each, N turns, P places (``n * B * G + b * G + g``), M
+target tokens of a bucket.
 """
 
 from __future__ import annotations

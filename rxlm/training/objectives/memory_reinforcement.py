@@ -187,13 +187,13 @@ class MemoryReinforcementObjective(FrozenPolicyObjective):
         return self._dialogues(self.train_source, first, phase.dialogues, phase.turns)
 
     def _dialogues(
-        self, source: ConversationSource, first: int, count: int, turns: int, group: int = 0
+        self, source: ConversationSource, first: int, count: int, turns: int
     ) -> EpisodeBatch:
         dialogues = [
             encode_dialogue(source.sample(position, turns), position, self.turns)
             for position in range(first, first + count)
         ]
-        return EpisodeBatch.of(dialogues, group or self.settings.group)
+        return EpisodeBatch.of(dialogues, self.settings.group)
 
     def shard(self, batch: EpisodeBatch, rank: int, size: int) -> EpisodeBatch:
         """Return some of the dialogues; a group is never divided."""

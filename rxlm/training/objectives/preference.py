@@ -4,9 +4,9 @@
     simpo    -log sigmoid(beta * (pi_c / n_c - pi_r / n_r) - margin)
     loss     (1 - s) * that + s * the same with the answers exchanged  +  chosen_scale * NLL
 
-``pi`` and ``ref`` are log-probabilities of a whole answer under the model and under a frozen copy of
-it, of the chosen (c) and the rejected (r) answer; ``n`` are lengths in tokens, NLL is the mean over
-the tokens of the chosen answer. (DPO: Rafailov et al. 2023, arXiv 2305.18290; label smoothing:
+``pi`` and ``ref`` are log-probabilities of a whole answer under the model and under a frozen copy
+of it, of the chosen (c) and the rejected (r) answer; ``n`` are lengths in tokens, NLL is the mean
+over the tokens of the chosen answer. (DPO: Rafailov et al. 2023, arXiv 2305.18290; label smoothing:
 cDPO; SimPO, which needs no reference: Meng et al. 2024, arXiv 2405.14734.)
 
 Both answers of a turn are read from the same memory: that of the turns *before*, written with their
@@ -332,8 +332,9 @@ def pair_metrics(
     """Return means over pairs.
 
     ``preference_accuracy``: the chosen answer is likelier than the rejected one (by the token, with
-    simpo); ``margin``: see :func:`preference_margins`; ``chosen_log_prob``, ``rejected_log_prob``: of
-    whole answers; ``chosen_gain``, ``rejected_gain``: how much they have risen over the reference.
+    simpo); ``margin``: see :func:`preference_margins`; ``chosen_log_prob``,
+    ``rejected_log_prob``: of whole answers; ``chosen_gain``, ``rejected_gain``: how much they have
+    risen over the reference.
     """
     chosen, rejected = scores.chosen, scores.rejected
     if settings.variant == "simpo":
