@@ -214,7 +214,7 @@ def test_the_better_answers_win_and_stay_likely(tiny: Any, variant: str) -> None
 
 
 def measure(objective: Any) -> dict[str, float]:
-    """Return the metrics of the training pairs, which a model this small can only learn by heart."""
+    """Return the metrics of the training pairs: so small a model can only learn by heart."""
     with torch.no_grad():
         outputs = [objective.loss(objective.batch(step, 0), step) for step in range(4)]
     total = sum(output.num_targets for output in outputs)
