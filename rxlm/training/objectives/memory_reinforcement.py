@@ -240,8 +240,6 @@ class MemoryReinforcementObjective(FrozenPolicyObjective):
             self._sampling, self._episodes = sampling, {}
         if any(item.position not in self._episodes for item in dialogues):
             held = hold_episodes(self.model, dialogues, self._embedding(), self._episode_settings())
-            # Under autocast, weights that were cast without gradients must not be used with them.
-            torch.clear_autocast_cache()
             self._episodes |= {item.position: item for item in held}
         return [self._episodes[item.position] for item in dialogues]
 

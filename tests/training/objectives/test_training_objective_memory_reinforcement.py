@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rxlm.data import Conversation, ConversationList, Interaction
 from rxlm.errors import UserError
+from rxlm.rxt.reactive import ReactiveModel
 from rxlm.rxt.unroll import Answers
 from rxlm.training.checkpoint import find_latest
 from rxlm.training.metrics import TIMING_FIELDS, read_metrics
@@ -60,10 +61,13 @@ def gradients(module: Any) -> dict[str, Tensor]:
     }
 
 
-def own_log_prob(model: Any, slots: Tensor, turn: list[int], start: int) -> Tensor:
+def own_log_prob(
+    model: Any, slots: Tensor, turn: list[int], start: int, carried: Any = None
+) -> Tensor:
     """Return the log-probabilities of a single turn's tokens from ``start`` on, by hand."""
     ids = torch.tensor([turn])
-    hidden, _ = model.decoder(ids[:, :-1], memory=model.decoder.read_memory(slots))
+    memory = model.decoder.read_memory(slots)
+    hidden, _ = model.decoder(ids[:, :-1], memory=memory, carried=carried)
     scores = torch.log_softmax(model.decoder.logits(hidden[0]), dim=-1)
     return scores[torch.arange(start - 1, len(turn) - 1), ids[0, start:]]
 
@@ -120,7 +124,9 @@ def test_the_gradient_is_that_of_the_expected_reward(tiny: Any) -> None:
 def test_log_probs_are_those_of_a_conversation_held_alone(tiny: Any) -> None:
     """Catches padding, neighbours, a memory of another member of the group, another dialogue's
     beginning, and [A] or a cut [EOS] among the targets."""
-    objective = reinforce(tiny, num_buckets=2, temperature=1.0)
+    # A drawn beginning: every dialogue has its own.
+    drawn = tiny.model(init_type="normal")
+    objective = reinforce(tiny, drawn, num_buckets=2)
     batch = objective.batch(2, 0)
     objective.loss(batch, 2)
     model = objective.model
@@ -140,6 +146,32 @@ def test_log_probs_are_those_of_a_conversation_held_alone(tiny: Any) -> None:
                         torch.tensor(said.log_probs), by_hand, atol=2e-5, rtol=0
                     )
                     slots = model.write_memory(slots, torch.tensor([whole]))
+
+
+@pytest.mark.parametrize("writes", ["own", "reference"])
+def test_a_carried_state_is_that_of_what_was_written(tiny: Any, writes: str) -> None:
+    """Catches a decoder that carries on from an answer which was sampled and never written."""
+    plain = tiny.model().config.model_dump()
+    plain["decoder"] |= {"use_linear_self_attn": True, "linear_attn_type": "md_gdn"}
+    model = ReactiveModel(plain, tiny.tokenizer)
+    assert model.decoder.carries_state
+    objective = reinforce(tiny, model, writes=writes)
+    batch = objective.batch(0, 0)
+    objective.loss(batch, 0)
+    ids = model.config.tokenizer
+    dialogue = batch.dialogues[1]
+    state = model.new_conversation(seed=dialogue.position)
+    for turn, group in zip(
+        dialogue.turns, objective._episodes[dialogue.position].said, strict=True
+    ):
+        opened = [*turn.prompt, ids.answer_token_id]
+        whole = [*opened, *group[2].ids, ids.eos_token_id]
+        scored = whole if group[2].ended else whole[:-1]
+        with torch.no_grad():
+            by_hand = own_log_prob(model, state.slots, scored, len(opened), state.carried)
+        torch.testing.assert_close(torch.tensor(group[2].log_probs), by_hand, atol=2e-5, rtol=0)
+        written = whole if writes == "own" else turn.reference.ids
+        state = model.update_memory(state, [written])
 
 
 def test_what_is_said_does_not_depend_on_the_batch(tiny: Any) -> None:
@@ -310,10 +342,14 @@ def test_only_the_named_components_learn(tiny: Any) -> None:
 
 def test_mixed_precision_trains(tiny: Any) -> None:
     """Catches weights cast while sampling (without gradients) that training then reuses."""
-    objective = reinforce(tiny)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        objective.loss(objective.batch(0, 0), 0).loss.backward()
-    assert any(bool(item.any()) for item in gradients(objective.model).values())
+    learning = []
+    for enabled in (False, True):
+        objective = reinforce(tiny)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            objective.loss(objective.batch(0, 0), 0).loss.backward()
+        found = gradients(objective.model)
+        learning.append({name for name, item in found.items() if bool(item.any())})
+    assert learning[0] == learning[1]
 
 
 def test_system_prompts_and_dialogues_of_unequal_length(tiny: Any) -> None:
