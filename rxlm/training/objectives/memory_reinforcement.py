@@ -108,7 +108,8 @@ class MemoryReinforcementSettings(Config):
     num_buckets: int = Field(default=3, gt=0)
     """Length buckets of a batch: less padding, same result."""
     validation_dialogues: int = Field(default=32, gt=0)
-    """Dialogues of a validation, each held once, with the most likely tokens."""
+    """Dialogues of a validation, each held with the most likely tokens, and once more with tokens
+    drawn as in training."""
 
     @model_validator(mode="after")
     def _check(self) -> MemoryReinforcementSettings:
@@ -344,7 +345,8 @@ class MemoryReinforcementObjective(FrozenPolicyObjective):
         ``loss`` and ``accuracy...`` are those of memory-aware training: the reference answers, from
         memories that they were written to. ``reward...`` is of the model's own most likely answers,
         which enter its memory; beside it stand its floors (see
-        :mod:`rxlm.training.objectives.reward_floors`).
+        :mod:`rxlm.training.objectives.reward_floors`). ``sampled_reward`` is of answers that are
+        drawn as in training: what the stage raises.
         """
         longest, count = self.settings.phases[-1], self.settings.validation_dialogues
         settings = self._episode_settings()._replace(
@@ -352,14 +354,26 @@ class MemoryReinforcementObjective(FrozenPolicyObjective):
         )
         dialogues: list[Dialogue] = []
         episodes: list[Episode] = []
+        drawn: list[Episode] = []
+        # Not the draws of training, nor those of another seed.
+        sampled = settings._replace(
+            sampling=SamplingSettings(temperature=self.settings.temperature), seed=0
+        )
         for first in range(0, count, longest.dialogues):
             size = min(longest.dialogues, count - first)
             part = self._dialogues(self.valid_source, first, size, longest.turns).dialogues
             dialogues += part
             episodes += hold_episodes(self.model, part, self._embedding(), settings)
+            drawn += hold_episodes(self.model, part, self._embedding(), sampled)
         measured, _ = episode_metrics(dialogues, episodes)
+        random, _ = episode_metrics(dialogues, drawn)
         floors = reward_floors(self.model, dialogues, self._embedding(), settings)
-        own = {"own_accuracy": measured.pop("accuracy"), **measured}
+        own = {
+            "own_accuracy": measured.pop("accuracy"),
+            **measured,
+            "sampled_reward": random["reward"],
+            "sampled_accuracy": random["accuracy"],
+        }
         values = {**own, **floors, **self._answering.validate()}
         return {name: float(value) for name, value in values.items() if not math.isnan(value)}
 
