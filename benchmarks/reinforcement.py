@@ -58,7 +58,7 @@ ROWS = (
     ("reward_zeroed", "... with a memory of zeros (floor)"),
     ("reward_of_other", "... of another dialogue's answers (floor)"),
     ("reward_of_copying", "... of its previous answer (floor)"),
-    ("sampled_reward", "reward of answers that are drawn, temperature 1"),
+    ("sampled_reward", "reward of answers drawn as in training"),
     ("sampled_accuracy", "questions right, answers drawn"),
     ("own_accuracy", "questions right, own answers in memory"),
     ("accuracy_recall", "facts recalled, reference answers in memory"),
