@@ -43,6 +43,8 @@ class Interaction:
     """Result of the tool called in the turn before; it stands in place of a query (then empty)."""
     internal: str | None = None
     """Context for this turn only, which the user does not see."""
+    rejected: str | None = None
+    """A worse answer to the same query, for preference optimisation; nobody has said it."""
 
     def parts(self) -> dict[str, str]:
         """Return the texts that are there, by name, in the order in which they are said."""
@@ -74,6 +76,8 @@ class Interaction:
         if self.told:
             row["told"] = [list(pair) for pair in self.told]
         row.update({name: self.parts()[name] for name in OPTIONAL_PARTS if name in self.parts()})
+        if self.rejected is not None:
+            row["rejected"] = self.rejected
         return row
 
     @classmethod
@@ -89,6 +93,7 @@ class Interaction:
             distance=row.get("distance"),
             told=tuple((pair[0], pair[1]) for pair in row.get("told", ())),
             **{name: row.get(name) for name in OPTIONAL_PARTS},
+            rejected=row.get("rejected"),
         )
 
 

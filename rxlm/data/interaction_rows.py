@@ -22,6 +22,9 @@ TOOL_RESPONSE = "tool_response"
 _JSON_PARTS = ("tool_call", "tool_use")
 PART_NAMES = ("query", "answer", *OPTIONAL_PARTS, TOOL_RESPONSE)
 """Fields of a row that hold what is said in a turn."""
+REJECTED = "rejected"
+"""A worse answer, which is not said."""
+_TEXT_NAMES = (*PART_NAMES, REJECTED)
 
 
 def parse_interaction(item: Any, where: str) -> Interaction:
@@ -29,7 +32,8 @@ def parse_interaction(item: Any, where: str) -> Interaction:
 
     ``query`` and ``answer`` are texts. A tool's result (``tool_use``, or ``tool_response``) stands
     in place of the query, and beside a ``tool_call`` the answer may be missing. ``think`` and
-    ``internal`` may be there; empty texts of all four count as absent.
+    ``internal`` may be there; empty texts of all four count as absent. ``rejected``, a worse answer
+    than ``answer``, may be there, too.
 
     Args:
         item: a row.
@@ -63,6 +67,12 @@ def parse_interaction(item: Any, where: str) -> Interaction:
                 f"{where}.{field}': expected {'non-empty ' if field == 'answer' else ''}text, got "
                 f"{shown(text)}. Fill it in, or remove the turn."
             )
+    rejected = _optional_text(item, REJECTED, where)
+    if rejected is not None and rejected.strip() == str(answer).strip():
+        raise UserError(
+            f"{where}.{REJECTED}': is the same text as 'answer', so neither is better; got "
+            f"{shown(rejected)}. Write a worse answer, or leave the field out."
+        )
     kind, distance = item.get("kind"), item.get("distance")
     return Interaction(
         query=str(query),
@@ -76,6 +86,7 @@ def parse_interaction(item: Any, where: str) -> Interaction:
             (pair[0], pair[1]) for pair in map(_strings, _items(item.get("told"))) if len(pair) == 2
         ),
         **parts,
+        rejected=rejected,
     )
 
 
@@ -102,13 +113,13 @@ def _optional_text(item: Mapping[str, Any], name: str, where: str) -> str | None
 def _warn_of_near_misses(item: Mapping[str, Any]) -> None:
     """Other people's fields are left out, but 'thinking' or 'tool_calls' are hardly meant so."""
     for name in item:
-        if name not in PART_NAMES:
+        if name not in _TEXT_NAMES:
             _warn_once(str(name))
 
 
 @lru_cache(maxsize=1000)
 def _warn_once(name: str) -> None:
-    near = difflib.get_close_matches(name, PART_NAMES, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(name, _TEXT_NAMES, n=1, cutoff=0.7)
     if near:
         logger.warning("field '%s' of a turn is left out: did you mean '%s'?", name, near[0])
 

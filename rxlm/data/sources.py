@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from rxlm.data.conversations import Conversation
 from rxlm.data.files import CONVERSATION_SUFFIXES, TEXT_SUFFIXES, resolve_files
-from rxlm.data.interaction_rows import PART_NAMES, parse_interaction, shown
+from rxlm.data.interaction_rows import PART_NAMES, REJECTED, parse_interaction, shown
 from rxlm.data.records import (
     EXAMPLE,
     MAX_RECORD_BYTES,
@@ -141,6 +141,8 @@ def turns_of_row(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
     ``interactions`` are no list.
     """
     first = {name: row[name] for name in row if name in PART_NAMES and row[name] is not None}
+    if first and row.get(REJECTED) is not None:
+        first[REJECTED] = row[REJECTED]
     rest = row.get("interactions")
     if not isinstance(rest, list) and rest is not None:
         return []

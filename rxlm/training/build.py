@@ -32,15 +32,19 @@ from rxlm.training.corpus import RowSettings, check_long_enough, open_rows
 from rxlm.training.objectives.joint_lm import JointLMObjective
 from rxlm.training.objectives.memory_aware import MemoryAwareObjective
 from rxlm.training.objectives.memory_pretraining import MemoryPretrainingObjective
+from rxlm.training.objectives.memory_reinforcement import MemoryReinforcementObjective
 from rxlm.training.objectives.model_objective import COMPONENTS, ModelObjective
+from rxlm.training.objectives.preference import PreferenceObjective
 from rxlm.training.objectives.row_windows import RowSource
 from rxlm.training.objectives.sft import SFTObjective
 from rxlm.training.recipe import diff_mappings
 from rxlm.training.recipes import (
     JointLMRecipe,
     MemoryPretrainingRecipe,
+    MemoryReinforcementRecipe,
     ModelRecipe,
     ModelSection,
+    PreferenceRecipe,
     SFTRecipe,
 )
 from rxlm.training.rng import derive_seed, isolated_random_state
@@ -194,6 +198,12 @@ def build_objective(
             objective = MemoryPretrainingObjective(
                 model, *sources, turns, recipe.objective, **common
             )
+        elif isinstance(recipe, MemoryReinforcementRecipe):
+            objective = MemoryReinforcementObjective(
+                model, *sources, turns, recipe.objective, **common
+            )
+        elif isinstance(recipe, PreferenceRecipe):
+            objective = PreferenceObjective(model, *sources, turns, recipe.objective, **common)
         else:
             objective = MemoryAwareObjective(model, *sources, turns, recipe.objective, **common)
     objective.summaries = {name: item for name, item in summaries.items() if item.num_records}

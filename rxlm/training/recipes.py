@@ -28,6 +28,8 @@ from rxlm.training.objectives.joint_lm import JointLMSettings
 from rxlm.training.objectives.language_modeling import LMSettings
 from rxlm.training.objectives.memory_aware import MemoryAwareSettings
 from rxlm.training.objectives.memory_pretraining import MemoryPretrainingSettings
+from rxlm.training.objectives.memory_reinforcement import MemoryReinforcementSettings
+from rxlm.training.objectives.preference import PreferenceSettings
 from rxlm.training.objectives.sft import SFTSettings
 from rxlm.training.recipe import load_recipe, parse_recipe
 from rxlm.training.settings import TrainSettings, deciding_values
@@ -199,7 +201,32 @@ class MemoryAwareRecipe(ReactiveRecipe):
     """Curriculum, probes, batch."""
 
 
-ModelRecipe = JointLMRecipe | SFTRecipe | MemoryPretrainingRecipe | MemoryAwareRecipe
+class MemoryReinforcementRecipe(ReactiveRecipe):
+    """Stage 6a: better answers over whole dialogues, by reward."""
+
+    stage: Literal["memory_reinforcement"]
+    """Which stage this is."""
+    objective: MemoryReinforcementSettings = MemoryReinforcementSettings()
+    """Reward, episodes, curriculum."""
+
+
+class PreferenceRecipe(ReactiveRecipe):
+    """Stage 6b: better answers, by pairs."""
+
+    stage: Literal["preference"]
+    """Which stage this is."""
+    objective: PreferenceSettings = PreferenceSettings()
+    """Loss, batch."""
+
+
+ModelRecipe = (
+    JointLMRecipe
+    | SFTRecipe
+    | MemoryPretrainingRecipe
+    | MemoryAwareRecipe
+    | MemoryReinforcementRecipe
+    | PreferenceRecipe
+)
 """A recipe that trains a Reactive Transformer."""
 AnyRecipe = Annotated[TokenizerRecipe | ModelRecipe | LMRecipe, Field(discriminator="stage")]
 """A recipe: a tagged union over ``stage``."""
@@ -210,6 +237,8 @@ STAGES: dict[str, type[Recipe]] = {
     "sft": SFTRecipe,
     "memory_pretraining": MemoryPretrainingRecipe,
     "memory_aware": MemoryAwareRecipe,
+    "memory_reinforcement": MemoryReinforcementRecipe,
+    "preference": PreferenceRecipe,
     "lm": LMRecipe,
 }
 

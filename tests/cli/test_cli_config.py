@@ -12,7 +12,9 @@ from rxlm.cli.config import recipe_schema
 from rxlm.cli.main import main
 from rxlm.training.recipes import STAGES, read_recipe, recipe_values
 
-NANO_STAGES = [stage for stage in STAGES if stage != "lm"]
+NANO_STAGES = [
+    stage for stage in STAGES if stage not in ("lm", "memory_reinforcement", "preference")
+]
 
 
 def test_shown_recipe_is_a_recipe_that_means_the_same(

@@ -32,6 +32,7 @@ from rxlm.rxt.models import RxTAlpha
 from rxlm.tokenization import TokenizerTraining, train_tokenizer
 from rxlm.training.described_model import described_model
 from rxlm.training.objectives.curriculum import Phase
+from rxlm.training.objectives.episode_rewards import RewardSettings
 from rxlm.training.objectives.memory_aware import MemoryAwareSettings
 from rxlm.training.recipes import STAGES, MemoryAwareRecipe, read_folder, read_recipe
 from rxlm.training.settings import TrainSettings
@@ -381,6 +382,9 @@ TABLES: list[tuple[str, str, type[Config], tuple[int, int]]] = [
     ("stages.md", "Phases", Phase, (0, 1)),
     ("stages.md", "Settings of training", TrainSettings, (0, 1)),
     ("stages.md", "Your own recipes", MemoryAwareRecipe, (0, 1)),
+    ("reinforcement.md", "Memory reinforcement", OBJECTIVE["memory_reinforcement"], (0, 1)),
+    ("reinforcement.md", "The reward", RewardSettings, (0, 1)),
+    ("reinforcement.md", "Preferences", OBJECTIVE["preference"], (0, 1)),
     ("checkpoints.md", "Which checkpoints are kept", TrainSettings, (0, 1)),
     ("data.md", "The built-in dialogues", GeneratorConfig, (1, 2)),
     ("data.md", "Values", GeneratorConfig, (0, 1)),

@@ -1,4 +1,4 @@
-"""Phases of memory-aware training: how many turns, what the decoder reads, when to go on.
+"""Phases of a training on dialogues: how many turns, what the decoder reads, when to go on.
 
 A decision takes effect at the next step; batches that were built ahead for the old phase are built
 again by the Trainer, because the starts are part of the objective's ``batch_state``. No torch.
@@ -7,23 +7,21 @@ again by the Trainer, because the starts are part of the objective's ``batch_sta
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
 from rxlm.configuration import Config
 
 
-class Phase(Config):
-    """One phase of the curriculum."""
+class TurnsPhase(Config):
+    """How long dialogues are, and when the next phase begins."""
 
     turns: int = Field(default=8, gt=0)
     """Turns of a dialogue window (at most)."""
     dialogues: int = Field(default=8, gt=0)
     """Dialogues in a batch."""
-    reads: Literal["memory", "history"] = "memory"
-    """What answers are read from: the memory, or the raw encoder states of all earlier turns
-    (oracle warm-up: learns to encode, look up and copy before learning to write)."""
     steps: int | None = Field(default=None, gt=0)
     """Steps after which the next phase begins; None = until the end of training."""
     min_steps: int = Field(default=0, ge=0)
@@ -32,15 +30,26 @@ class Phase(Config):
     """Share of exactly right answers (running mean over training batches) that ends the phase."""
 
 
-class Curriculum:
+class Phase(TurnsPhase):
+    """One phase of memory-aware training."""
+
+    reads: Literal["memory", "history"] = "memory"
+    """What answers are read from: the memory, or the raw encoder states of all earlier turns
+    (oracle warm-up: learns to encode, look up and copy before learning to write)."""
+
+
+PhaseType = TypeVar("PhaseType", bound=TurnsPhase)
+
+
+class Curriculum(Generic[PhaseType]):
     """Which phase each step is in. Its state is three JSON values."""
 
-    def __init__(self, phases: tuple[Phase, ...]) -> None:
+    def __init__(self, phases: tuple[PhaseType, ...]) -> None:
         self.phases = phases
         self._starts = [0]
         self._accuracy: float | None = None
 
-    def phase(self, step: int) -> tuple[int, Phase]:
+    def phase(self, step: int) -> tuple[int, PhaseType]:
         """Return the index of the phase of ``step``, and the phase."""
         index = max(i for i, start in enumerate(self._starts) if start <= step)
         return index, self.phases[index]
@@ -76,6 +85,17 @@ class Curriculum:
     def enter(self, index: int) -> None:
         """Begin phase ``index`` at step 0, as if those before it were over."""
         self._starts, self._accuracy = [0] * (index + 1), None
+
+    def each_phase(self, num_steps: int) -> Iterator[int]:
+        """Enter each phase in turn; yield the most steps of ``num_steps`` that it may last."""
+        left = num_steps
+        last = len(self.phases) - 1
+        for index, phase in enumerate(self.phases):
+            steps = left if index == last or phase.steps is None else min(left, phase.steps)
+            if steps:
+                self.enter(index)
+                yield steps
+            left -= steps
 
     @property
     def starts(self) -> list[int]:

@@ -256,14 +256,7 @@ class MemoryAwareObjective(ModelObjective):
 
     def each_phase(self, num_steps: int) -> Iterator[int]:
         """Enter each phase of the curriculum; yield the most steps that it may last."""
-        left = num_steps
-        last = len(self.settings.phases) - 1
-        for index, phase in enumerate(self.settings.phases):
-            steps = left if index == last or phase.steps is None else min(left, phase.steps)
-            if steps:
-                self.curriculum.enter(index)
-                yield steps
-            left -= steps
+        return self.curriculum.each_phase(num_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curriculum's state."""

@@ -25,7 +25,7 @@ from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.tokenization import Tokenizer, TokenizerTraining, train_tokenizer
 from rxlm.training.distributed.world import World, current_world, open_world
-from rxlm.training.objectives.curriculum import Phase
+from rxlm.training.objectives.curriculum import Phase, TurnsPhase
 from rxlm.training.objectives.joint_lm import JointLMObjective, JointLMSettings
 from rxlm.training.objectives.language_modeling import LMObjective, LMSettings
 from rxlm.training.objectives.memory_aware import MemoryAwareObjective, MemoryAwareSettings
@@ -33,6 +33,11 @@ from rxlm.training.objectives.memory_pretraining import (
     MemoryPretrainingObjective,
     MemoryPretrainingSettings,
 )
+from rxlm.training.objectives.memory_reinforcement import (
+    MemoryReinforcementObjective,
+    MemoryReinforcementSettings,
+)
+from rxlm.training.objectives.preference import PreferenceObjective, PreferenceSettings
 from rxlm.training.objectives.row_windows import TextRows
 from rxlm.training.objectives.sft import SFTObjective, SFTSettings
 from rxlm.training.run_folder import RunFolder
@@ -62,7 +67,25 @@ STAGES: dict[str, tuple[type, Any]] = {
             validation_dialogues=2,
         ),
     ),
+    # The second step trains on the episodes that each process has sampled in the first.
+    "memory_reinforcement": (
+        MemoryReinforcementObjective,
+        MemoryReinforcementSettings(
+            phases=(TurnsPhase(turns=3, dialogues=3),),
+            group=3,
+            max_answer_tokens=5,
+            inner_epochs=2,
+            # Advantages add up to nothing, and so would the loss of the first step.
+            entropy_scale=0.1,
+            validation_dialogues=2,
+        ),
+    ),
+    "preference": (
+        PreferenceObjective,
+        PreferenceSettings(turns=5, dialogues=3, validation_dialogues=2),
+    ),
 }
+DDP_ONLY = ("curriculum", "memory_reinforcement", "preference")
 KINDS = ("gla", "deltanet", "gated_deltanet", "kda", "md_gdn")
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
@@ -86,7 +109,7 @@ SHARED = (
         Case(stage, strategy=name)
         for stage in STAGES
         for name in STRATEGIES
-        if stage != "curriculum" or name == "ddp"
+        if stage not in DDP_ONLY or name == "ddp"
     ),
     *(Case("memory_aware", kind) for kind in KINDS),
     Case("memory_aware", "md_gdn", "zero3"),
