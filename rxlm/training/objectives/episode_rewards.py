@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rxlm.configuration import Config
+from rxlm.evaluation.reward import mean_embeddings
 from rxlm.ops.bleu import sentence_bleu
 from rxlm.ops.padding import padded
 
@@ -127,19 +128,6 @@ def weighted(parts: Mapping[str, float], settings: RewardSettings) -> float:
     return sum(getattr(settings, part) * parts[part] for part in PARTS)
 
 
-def mean_embedding(embedding: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Return the mean embedding of each text, fp32 ``[R, D]``; zero for an empty one."""
-    ids, mask = padded([list(text) for text in texts], 0)
-    vectors = embedding[ids.to(embedding.device)].float() * mask.to(embedding.device)[..., None]
-    lengths = mask.sum(dim=1, keepdim=True).clamp(min=1).to(embedding.device)
-    return vectors.sum(dim=1) / lengths
-
-
-def running_mean(before: Tensor | None, turn: Tensor, decay: float) -> Tensor:
-    """Return the mean of earlier turns with one more of them, ``[D]``."""
-    return turn if before is None else (1.0 - decay) * before + decay * turn
-
-
 def advantages(returns: Tensor, *, normalise: bool) -> Tensor:
     """Return how much better than its group each answer is.
 
@@ -189,9 +177,9 @@ def _cosine(
     embedding: Tensor,
     settings: RewardSettings,
 ) -> list[float]:
-    own = mean_embedding(embedding, answers)
-    reference = mean_embedding(embedding, [item.reference for item in compared])
-    previous = mean_embedding(embedding, [item.previous for item in compared])
+    own = mean_embeddings(answers, embedding)
+    reference = mean_embeddings([item.reference for item in compared], embedding)
+    previous = mean_embeddings([item.previous for item in compared], embedding)
     zero = torch.zeros_like(own[0])
     earlier = torch.stack([zero if item.earlier is None else item.earlier for item in compared])
     similar = [

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rxlm.data.conversations import Conversation
+from rxlm.evaluation.reward import mean_embeddings, update_running
 from rxlm.evaluation.scoring import normalise
 from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt.conversation import ConversationState
@@ -28,9 +29,7 @@ from rxlm.tokenization.template import EncodedTurn
 from rxlm.training.objectives.episode_rewards import (
     Compared,
     RewardSettings,
-    mean_embedding,
     rewards,
-    running_mean,
 )
 from rxlm.training.rng import derive_seed
 
@@ -303,8 +302,9 @@ class _Speaker:
     def heard(self, written: Sequence[int], embedding: Tensor, reward: RewardSettings) -> None:
         """Take note of a turn as it entered memory."""
         if self._previous and reward.cosine and reward.earlier:
-            vector = mean_embedding(embedding, [self._previous])[0]
-            self._earlier = running_mean(self._earlier, vector, reward.decay)
+            vector = mean_embeddings([self._previous], embedding)
+            earlier = None if self._earlier is None else self._earlier[None]
+            self._earlier = update_running(earlier, vector, reward.decay)[0]
         self._previous = text_ids(self._model, written)
 
 

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from rxlm.evaluation.reward import mean_embeddings, update_running
 from rxlm.ops.sampling import SamplingSettings
 from rxlm.training.objectives.episode_rewards import (
     Compared,
     RewardSettings,
-    mean_embedding,
     rewards,
-    running_mean,
 )
 from rxlm.training.objectives.episodes import EpisodeSettings, encode_dialogue
 from rxlm.training.objectives.reward_floors import reward_floors
@@ -95,11 +94,11 @@ def test_neighbours_do_not_change_a_reward() -> None:
 
 def test_means() -> None:
     """Catches a running mean that forgets the old turns, or never takes in new ones."""
-    mean = mean_embedding(EMBEDDING, [[1, 1, 2], []])
+    mean = mean_embeddings([[1, 1, 2], []], EMBEDDING)
     torch.testing.assert_close(mean[0], (2 * EMBEDDING[1] + EMBEDDING[2]) / 3)
     assert not mean[1].any()
-    assert torch.equal(running_mean(None, mean[0], 0.2), mean[0])
-    torch.testing.assert_close(running_mean(mean[0], EMBEDDING[3], 0.25)[3], torch.tensor(0.25))
+    assert torch.equal(update_running(None, mean[0], 0.2), mean[0])
+    torch.testing.assert_close(update_running(mean[0], EMBEDDING[3], 0.25)[3], torch.tensor(0.25))
 
 
 def test_floors_and_ceiling(tiny: Any) -> None:
