@@ -171,13 +171,20 @@ def _status_bytes(field: str) -> int:
     raise KeyError(field)
 
 
-def in_fresh_process(function: Callable[..., Any], *arguments: object) -> Any:
+def in_fresh_process(
+    function: Callable[..., Any], *arguments: object, preload: Sequence[str] = ("torch",)
+) -> Any:
     """Return ``function(*arguments)``, computed in a process of its own; None if that one died.
 
     Function and arguments must be such that a new interpreter can import and receive them.
+
+    Args:
+        function: of a module.
+        arguments: of the function.
+        preload: modules that such processes begin with; what the first call says holds for all.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(list(preload))
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_result, args=(sender, function, *arguments))
     process.start()

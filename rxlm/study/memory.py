@@ -27,7 +27,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rxlm.evaluation.timing import extra_memory, in_fresh_process
-from rxlm.lm.model import mixer_settings
 from rxlm.nn.mixers import MixerSettings, build_mixer
 from rxlm.study.mechanisms import backend_of, check_mechanisms, set_backend
 from rxlm.study.results import FAILED, OK, OOM, Row
@@ -205,7 +204,9 @@ def _run_fresh(
     settings: StudySettings, name: str, mixers: MixerSettings, length: int, device: torch.device
 ) -> Row:
     values = settings.model_dump(mode="json")
-    found = in_fresh_process(_in_process, values, name, mixers, length, str(device))
+    found = in_fresh_process(
+        _in_process, values, name, mixers, length, str(device), preload=("torch", __name__)
+    )
     if found is None:
         # The kernel ends what takes too much; nobody is left to say so.
         return {"outcome": OOM, "reason": "the process of the measurement was ended"}
@@ -298,8 +299,3 @@ def _largest(
         else:
             high = middle
     return low
-
-
-def study_mixers(config: Any) -> MixerSettings:
-    """Return what a model's configuration tells its mixers."""
-    return mixer_settings(config)
