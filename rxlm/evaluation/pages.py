@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rxlm.evaluation.result_tables import mistakes_table, report_tables
@@ -75,12 +75,17 @@ def page_blocks(report: Mapping[str, Any], pictures: Sequence[str]) -> Iterator[
 
 def markdown_page(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """Return the report in Markdown; pictures are links to ``figures/NAME.png``."""
-    parts = [f"# {escape_markdown(_title(report))}\n"]
-    for block in page_blocks(report, pictures):
+    return markdown_blocks(_title(report), page_blocks(report, pictures))
+
+
+def markdown_blocks(title: str, blocks: Iterable[Block], figures: str = "figures") -> str:
+    """Return a page in Markdown; pictures are links to ``FIGURES/NAME.png``."""
+    parts = [f"# {escape_markdown(title)}\n"]
+    for block in blocks:
         if isinstance(block, Heading):
             parts.append(f"## {escape_markdown(block.text)}\n")
         elif isinstance(block, Picture):
-            parts.append(f"![{block.caption}](figures/{block.name}.png)\n")
+            parts.append(f"![{block.caption}]({figures}/{block.name}.png)\n")
         elif isinstance(block, Table):
             parts.append(f"### {escape_markdown(block.title)}\n\n{markdown_table(block)}")
         elif isinstance(block, Talk):
@@ -92,14 +97,19 @@ def markdown_page(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
 
 def html_page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """Return the report as one self-contained HTML page; ``pictures`` are PNG files by name."""
-    title = html.escape(_title(report))
+    return html_blocks(_title(report), page_blocks(report, list(pictures)), pictures)
+
+
+def html_blocks(name: str, blocks: Iterable[Block], pictures: Mapping[str, bytes]) -> str:
+    """Return a page as one self-contained HTML file; ``pictures`` are PNG files by name."""
+    title = html.escape(name)
     parts = [
         "<!doctype html>\n"
         '<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n"
     ]
-    for block in page_blocks(report, list(pictures)):
+    for block in blocks:
         if isinstance(block, Heading):
             parts.append(f"<h2>{html.escape(block.text)}</h2>\n")
         elif isinstance(block, Picture):
