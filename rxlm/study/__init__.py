@@ -7,7 +7,7 @@
 * ``results.py``: rows on disk; ``runner.py``: what is measured in which order
 * ``fits.py``, ``claims.py``, ``figures.py``, ``tables.py``, ``report.py``: what the rows say
 * ``comparing.py``, ``checking.py``: two studies; whether one is whole
-* ``trainer.py``: the same by the method names of the playbook; ``harness.py``: lm-evaluation-harness
+* ``trainer.py``: the playbook's method names; ``harness.py``: lm-evaluation-harness
 
 No torch at import.
 """

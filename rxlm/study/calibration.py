@@ -172,7 +172,7 @@ def _count(settings: StudySettings, config: LMConfig) -> _Counts:
     return _Counts(
         total,
         total - sum(_size(part) for part in embeddings if part is not None),
-        sum(_size(layer.mixer) for layer in network.layers),  # type: ignore[arg-type]
+        sum(_size(layer.get_submodule("mixer")) for layer in network.layers),
     )
 
 

@@ -1,4 +1,4 @@
-"""Whether a study folder holds what it promises: every file is there, not empty, and can be read."""
+"""Whether a study folder holds what it promises: every file is there, not empty and readable."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ here``, with the reason: no such hardware, not measured, or all answer everythin
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -128,9 +129,7 @@ def _speeds(store: ResultStore, settings: StudySettings) -> Iterator[Claim]:
                 continue
             row = chosen[0]
             effect = f"{row['ratio']:.2f} x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
-            yield Claim(
-                claim, test, effect, SUPPORTED if row["ratio_high"] < 1 else NOT_SUPPORTED
-            )
+            yield Claim(claim, test, effect, SUPPORTED if row["ratio_high"] < 1 else NOT_SUPPORTED)
 
 
 def _memory_slopes(store: ResultStore, settings: StudySettings) -> Iterator[Claim]:
@@ -260,7 +259,7 @@ def _recall(store: ResultStore, settings: StudySettings) -> Iterator[Claim]:
     levels = [(settings.baseline,), *RECALL_ORDER]
     levels = [tuple(name for name in level if name in settings.attention) for level in levels]
     levels = [level for level in levels if level]
-    for upper, lower in zip(levels, levels[1:], strict=False):
+    for upper, lower in itertools.pairwise(levels):
         for better in upper:
             for worse in lower:
                 claim = f"{title(better)} recalls more than {title(worse)}"

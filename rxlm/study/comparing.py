@@ -2,8 +2,8 @@
 
 Losses, right answers and counted bytes do not depend on the machine: two runs of the same settings
 and seeds have the same (on a CPU). Times do, so they are compared by intervals and decide nothing.
-Mechanisms that both studies have are compared with themselves; if each has one that the other lacks,
-those two are compared with one another. No torch.
+Mechanisms that both studies have are compared with themselves; if each has one that the other
+lacks, those two are compared with one another. No torch.
 """
 
 from __future__ import annotations
@@ -201,5 +201,5 @@ def comparison_tables(found: dict[str, Any]) -> Iterator[Table]:
         for row in found["times"]
     ]  # fmt: skip
     if times:
-        header = ("mechanism", "of", "tokens", "A ms", "B ms", "B / A", "intervals overlap")
-        yield Table("Times (they depend on the machine)", header, times, prose=True)
+        titles = ("mechanism", "of", "tokens", "A ms", "B ms", "B / A", "intervals overlap")
+        yield Table("Times (they depend on the machine)", titles, times, prose=True)

@@ -150,7 +150,10 @@ class _Drawing:
             if points:
                 axes.errorbar(
                     [size for size, _ in points], [share.value for _, share in points],
-                    yerr=[[s.value - s.low for _, s in points], [s.high - s.value for _, s in points]],
+                    yerr=[
+                        [share.value - share.low for _, share in points],
+                        [share.high - share.value for _, share in points],
+                    ],
                     marker="o", markersize=3, color=self.colour(name), label=title(name),
                     linewidth=1.3, capsize=2,
                 )  # fmt: skip

@@ -103,9 +103,7 @@ def fit_slope(lengths: Sequence[int], values: Sequence[float]) -> Slope | None:
     total = sum((b - statistics.fmean(y)) ** 2 for b in y)
     error = math.sqrt(residual / (len(chosen) - 2) / spread)
     half = student_quantile(0.975, len(chosen) - 2) * error
-    pairs = [
-        (y[j] - y[i]) / (x[j] - x[i]) for i in range(len(x)) for j in range(i + 1, len(x))
-    ]
+    pairs = [(y[j] - y[i]) / (x[j] - x[i]) for i in range(len(x)) for j in range(i + 1, len(x))]
     last = chosen[-min(4, len(chosen)) :]
     return Slope(
         slope,

@@ -25,7 +25,7 @@ from rxlm.evaluation.answering import greedy_answers, start_of
 from rxlm.lm.language_model import LanguageModel, is_language_model
 from rxlm.nn.evaluation_mode import evaluation_mode
 from rxlm.ops.padding import padded
-from rxlm.rxt.model import ReactiveModel
+from rxlm.rxt.reactive import ReactiveModel
 from rxlm.storage.hub import local_folder
 from rxlm.tokenization.template import encode_interaction, encode_query
 
@@ -46,7 +46,7 @@ class Scored(NamedTuple):
     start: int
 
 
-class HarnessModel(LM):  # type: ignore[misc]
+class HarnessModel(LM):
     """A language model or a reactive model, by the harness's three questions."""
 
     def __init__(self, model: LanguageModel | ReactiveModel, batch_size: int = 16) -> None:
@@ -172,7 +172,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             used = len(encode_query(self.tokenizer, context))
             most = max(1, min(most, self.max_length - used - 1))
             answer = greedy_answers(model, start_of(model, 1), [context], most)[0]
-            text = answer.text
+            text = self.tokenizer.decode(answer.ids)
         ends = [text.index(stop) for stop in stops if stop and stop in text]
         return text[: min(ends)] if ends else text
 

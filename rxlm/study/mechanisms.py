@@ -1,7 +1,7 @@
 """What a study compares: every entry of ``rxlm.nn.mixers.MIXERS``, and who computes it.
 
-A mechanism of one's own is one decorated function in a file that is named with ``--plugin``; it then
-appears in every table, figure and claim:
+A mechanism of one's own is one decorated function in a file that is named with ``--plugin``; it
+then appears in every table, figure and claim:
 
     from rxlm.study.mechanisms import register_attention
 

@@ -200,8 +200,8 @@ class StudyReport:
         )
         return (
             "Equal for all: width, depth, heads, vocabulary, RMS norms before every part, SwiGLU "
-            f"feed-forward networks (whose width makes up for the mixers), no dropout, {convolution}. "
-            f"Rotary positions in softmax and window attention (window {settings.window}); "
+            "feed-forward networks (whose width makes up for the mixers), no dropout, "
+            f"{convolution}. Rotary positions in softmax and window attention (window {settings.window}); "
             "recurrences and feature maps know no positions. States are not equal: see the column."
         )
 
@@ -227,15 +227,15 @@ class StudyReport:
         ]  # fmt: skip
         if manifest.get("data"):
             data = manifest["data"]
-            facts.append(("text", f"{data['source']}, sha256 {data['sha256'][:16]}, "
-                          f"{data['train_tokens']:,} and {data['valid_tokens']:,} tokens"))  # fmt: skip
+            counts = f"{data['train_tokens']:,} and {data['valid_tokens']:,} tokens"
+            facts.append(("text", f"{data['source']}, sha256 {data['sha256'][:16]}, {counts}"))
         yield Table("This run", ("", "value"), facts, prose=True)
         yield (
-            "Times: all mechanisms of a length in interleaved rounds, in an order drawn anew, until "
-            f"the quartiles lie within {self.settings.timing.target_spread:.0%} of the median or "
-            f"{self.settings.timing.group_seconds:g} s are over; ratios within rounds; intervals by "
-            "bootstrap. Memory: operator alone, one sequence. Tasks: loss on answers only, test rows "
-            "are never trained on; intervals are over questions, not over seeds."
+            "Times: all mechanisms of a length in interleaved rounds, in an order drawn anew, "
+            f"until the quartiles lie within {self.settings.timing.target_spread:.0%} of the "
+            f"median or {self.settings.timing.group_seconds:g} s are over; ratios within rounds; "
+            "intervals by bootstrap. Memory: operator alone, one sequence. Tasks: loss on answers "
+            "only, test rows are never trained on; intervals are over questions, not over seeds."
         )
 
     def _loads(self) -> str:
@@ -336,5 +336,3 @@ _STEPS = {
     "train_loss": "step", "grad_norm": "step", "clip_fraction": "step", "lr": "step",
     "val_loss": "val_step", "val_ppl": "val_step", "val_accuracy": "val_step",
 }  # fmt: skip
-
-

@@ -223,9 +223,7 @@ class Study:
                 def measure(
                     name: str = name, length: int = length, mixers: Any = mixers
                 ) -> list[Row]:
-                    return [
-                        measure_memory(self.settings, name, mixers, length, self.device)
-                    ]
+                    return [measure_memory(self.settings, name, mixers, length, self.device)]
 
                 yield self._point(
                     "memory",
