@@ -23,6 +23,8 @@ from rxlm.study.results import OK, ResultStore, Row
 from rxlm.study.settings import StudySettings
 
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable here"
+OPPOSITE = "it is the other way round"
+"""What an effect says whose interval lies on the other side."""
 PERPLEXITY_MARGIN = 1.02
 """Ratio of perplexities up to which a mechanism counts as no worse."""
 CEILING = 99.0
@@ -53,8 +55,8 @@ def claims_of(store: ResultStore, settings: StudySettings) -> list[Claim]:
 def claims_table(claims: Sequence[Claim]) -> Table:
     """Return the table of claims."""
     note = (
-        "Intervals are 95 %. A slope counts as linear if its interval holds 1 and not 1.5, as "
-        "quadratic if it holds 2 and not 1.5."
+        "Intervals are 95 %. A slope counts as linear if its interval holds 1 and lies between "
+        "0.5 and 1.5, as quadratic if it holds 2 and lies between 1.5 and 2.5."
     )
     return Table("Claims", ("claim", "test", "effect", "verdict"), list(claims), note, prose=True)
 
@@ -246,7 +248,8 @@ def _compared(claim: str, test: str, better: Share | None, worse: Share | None) 
         return Claim(claim, test, effect, SUPPORTED)
     if min(better.value, worse.value) >= CEILING:
         return Claim(claim, test, f"{effect}; both answer everything", NOT_TESTABLE)
-    return Claim(claim, test, effect, NOT_SUPPORTED)
+    opposite = f"; {OPPOSITE}" if high < 0 else "; no difference shown"
+    return Claim(claim, test, effect + opposite, NOT_SUPPORTED)
 
 
 def _recall(store: ResultStore, settings: StudySettings) -> Iterator[Claim]:

@@ -47,12 +47,12 @@ class Slope(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """``linear`` or ``quadratic`` if the interval holds 1 or 2 and not 1.5; ``constant``."""
-        for name, exponent, other in (("linear", 1.0, 1.5), ("quadratic", 2.0, 1.5)):
-            if self.low <= exponent <= self.high and not self.low <= other <= self.high:
+        """``constant``, ``linear`` or ``quadratic`` if the interval holds 0, 1 or 2 and reaches no
+        further than half way to the next; otherwise the exponent, or ``undecided``."""
+        for name, exponent in (("constant", 0.0), ("linear", 1.0), ("quadratic", 2.0)):
+            inside = exponent - 0.5 < self.low and self.high < exponent + 0.5
+            if inside and self.low <= exponent <= self.high:
                 return name
-        if self.low <= 0.0 <= self.high and self.high < 0.5:
-            return "constant"
         return "undecided" if self.high - self.low > 0.5 else f"exponent {self.slope:.2f}"
 
 

@@ -1,8 +1,9 @@
 """The two stages of a study, for the one Trainer: learning a synthetic task, learning text.
 
 Both train a :class:`~rxlm.study.network.StudyNetwork` and predict at some positions: of a task
-where it asks, of a text everywhere. A task is a curriculum of sizes in one run: half of the steps are of
-the hardest size so far, the others of any; the next is added when the hardest is mostly answered.
+where it asks, of a text everywhere. A task is a curriculum of sizes in one run: half of the steps
+are of the hardest size so far, the others of any; the next is added when the hardest is mostly
+answered.
 
 Shapes: B rows, T tokens, Q answers.
 """

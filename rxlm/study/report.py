@@ -16,7 +16,7 @@ from rxlm.evaluation.pages import Block, Heading, Picture, html_blocks, markdown
 from rxlm.evaluation.tables import Table
 from rxlm.storage.files import json_bytes, read_json, write_bytes
 from rxlm.study.calibration import calibration_table
-from rxlm.study.claims import Claim, best_rows, claims_of, claims_table
+from rxlm.study.claims import OPPOSITE, Claim, best_rows, claims_of, claims_table
 from rxlm.study.figures import caption_of, draw_study, pdf, png
 from rxlm.study.mechanisms import title
 from rxlm.study.results import OK, ResultStore, csv_text, write_tables
@@ -158,7 +158,7 @@ class StudyReport:
         return (
             f"{len(names)} mechanisms ({', '.join(names)}) in models of "
             f"{settings.params:,} parameters without embeddings, within {settings.tolerance:.0%} "
-            f"of one another. Made by `{command_of(self.manifest)}` on "
+            f"of one another. Made by '{command_of(self.manifest)}' on "
             f"{self.manifest['hardware']['machine']}."
         )
 
@@ -176,17 +176,15 @@ class StudyReport:
             for verdict in ("supported", "not supported", "not testable here")
         }
         text = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        recall = [claim for claim in self.claims if claim.test.startswith("MQAR")]
         against = [
-            f"{claim.claim} ({claim.effect})"
-            for claim in self.claims
-            if claim.test.startswith("MQAR") and claim.verdict == "not supported"
+            f"{claim.claim} ({claim.effect})" for claim in recall if OPPOSITE in claim.effect
         ]
         order = ""
-        if any(claim.test.startswith("MQAR") for claim in self.claims):
-            order = (
-                f" The order on MQAR is not the published one here: {'; '.join(against)}."
-                if against
-                else " Nothing on MQAR contradicts the published order."
+        if recall:
+            sure = sum(claim.verdict == "supported" for claim in recall)
+            order = f" On MQAR {sure} of {len(recall)} pairs show the published order; " + (
+                f"against it: {'; '.join(against)}." if against else "none contradicts it."
             )
         return f"{gates}Of {len(self.claims)} claims: {text}.{order}"
 
@@ -201,8 +199,9 @@ class StudyReport:
         return (
             "Equal for all: width, depth, heads, vocabulary, RMS norms before every part, SwiGLU "
             "feed-forward networks (whose width makes up for the mixers), no dropout, "
-            f"{convolution}. Rotary positions in softmax and window attention (window {settings.window}); "
-            "recurrences and feature maps know no positions. States are not equal: see the column."
+            f"{convolution}. Rotary positions in softmax and window attention (window "
+            f"{settings.window}); recurrences and feature maps know no positions. States are not "
+            "equal: see the column."
         )
 
     def _provenance(self) -> Iterator[Block]:
@@ -214,7 +213,7 @@ class StudyReport:
                 " ".join(_shown(item["command"])) for item in manifest["sessions"]))
                 or command_of(manifest)),
             ("wall time", f"{manifest['wall_seconds'] / 60:.1f} minutes in "
-             f"{max(1, len(manifest['sessions']))} sessions"),
+             f"{max(1, len(manifest['sessions']))} session(s)"),
             ("machine", hardware["machine"]),
             ("device, type", f"{self.settings.device}, {self.settings.dtype}"),
             ("threads", f"{hardware['threads'] or 'as torch chooses'} when timing, one a training, "
