@@ -54,6 +54,8 @@ MODELS_FILE = "model_configs.json"
 SCHEMA = "rxlm-study/1"
 BENCH_VOCABULARY = 256
 """Token ids of the models that are timed: with more, the scores hide the mixers."""
+_TIMED = ("efficiency", "prefill", "decode", "op", "scaling")
+_WARM_UP_SECONDS = 3.0
 Prepare = Callable[[StudySettings, ModelPlan, int, torch.device], Contender]
 
 
@@ -109,6 +111,7 @@ class Study:
         self._write_models()
         deadline = None if settings.time_budget is None else begin + settings.time_budget
         points = list(self._points())
+        self._log_estimate(points)
         with cpu_threads(settings.threads):
             for number, point in enumerate(points, start=1):
                 if self.store.has(point.key):
@@ -121,6 +124,36 @@ class Study:
             self._train(deadline)
         self._write_manifest(begin, "complete")
         return self.gates_hold()
+
+    def _log_estimate(self, points: list[Point]) -> None:
+        """Say what is to be done, and how long timing takes at most; trainings follow later."""
+        missing = [point for point in points if not self.store.has(point.key)]
+        timed = sum(point.kind in _TIMED for point in missing)
+        most = timed * (self.settings.timing.group_seconds + _WARM_UP_SECONDS) / 60
+        logger.info(
+            "%d of %d points are to be measured; timing takes about %.0f minutes at most",
+            len(missing), len(points), most,
+        )  # fmt: skip
+
+    def _log_training_estimate(self, jobs: list[Job], processes: int) -> None:
+        """Say how long trainings take, by the throughput that was timed."""
+        speeds: dict[str, float] = {}
+        for row in self.store.rows("efficiency", phase="step", outcome=OK):
+            name = row["attention"]
+            speeds[name] = max(speeds.get(name, 0.0), row["throughput"])
+        if not jobs or any(job.attention not in speeds for job in jobs):
+            logger.info("%d trainings", len(jobs))
+            return
+        seconds = 0.0
+        for job in jobs:
+            task = self.settings.tasks.get(job.task)
+            steps = self.settings.text.steps if task is None else task.steps
+            tokens = self.settings.text.batch_tokens if task is None else task.tokens_per_step
+            seconds += steps * tokens / speeds[job.attention]
+        logger.info(
+            "%d trainings, %d at a time: about %.0f minutes, less if tasks are learned early",
+            len(jobs), processes, seconds / processes / 60,
+        )  # fmt: skip
 
     def gates_hold(self) -> bool:
         """Return whether no gate of the study's mechanisms failed."""
@@ -297,6 +330,7 @@ class Study:
         jobs = [job for job in self.jobs() if not self.store.has(job.key)]
         # Small parts of the work at a time, so that a time budget can end it between them.
         processes = self.settings.processes if self.device.type == "cpu" else 1
+        self._log_training_estimate(jobs, processes)
         size = max(1, len(jobs)) if deadline is None else processes
         for first in range(0, len(jobs), size):
             part = jobs[first : first + size]

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_one_command_writes_every_file(
     smoke: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Catches a promised file that is missing, empty or broken, and a check that does not see it."""
+    """Catches a promised file that is missing, empty or broken, and a check that misses that."""
     assert main(["study", "check", str(smoke)]) == 0, capsys.readouterr()
     names = {item.file for item in check_study(smoke)}
     assert {f"results/{name}.csv" for name in FIRST_COLUMNS} <= names

@@ -1,4 +1,4 @@
-"""Ten lines make a mechanism or a task of one's own part of every output; the playbook's Trainer."""
+"""Ten lines make a mechanism or a task part of every output; the playbook's Trainer."""
 
 from __future__ import annotations
 
