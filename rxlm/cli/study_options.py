@@ -39,6 +39,11 @@ Lengths = Annotated[
     str | None,
     typer.Option("--seq-lens", "--context", metavar="L", help="Such as 256,512 or 1k:64k."),
 ]
+Window = Annotated[
+    int | None, typer.Option("--window", min=1, help="Tokens that window attention sees.")
+]
+Depth = Annotated[int | None, typer.Option("--depth", min=1, help="Layers.")]
+Dim = Annotated[int | None, typer.Option("--dim", min=1, help="Width, if not found by itself.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, auto.")]
 DType = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16.")]
 BackendName = Annotated[str | None, typer.Option("--backend", help="auto, torch or fla.")]
@@ -97,6 +102,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     shared = {
         "preset": (Preset, "cpu"), "out": (Out, None), "attn": (Attn, None),
         "params": (Params, None), "tolerance": (Tolerance, None), "seq_lens": (Lengths, None),
+        "window": (Window, None), "depth": (Depth, None), "dim": (Dim, None),
         "seeds": (Seeds, None), "device": (Device, None), "dtype": (DType, None),
         "backend": (BackendName, None), "strict_backend": (Strict, False),
         "threads": (Threads, None), "processes": (Processes, None),
@@ -204,7 +210,7 @@ def parse_share(text: str) -> float:
 def _given(said: dict[str, Any]) -> Given:
     changes: dict[str, Any] = {}
     for name in ("device", "dtype", "backend", "threads", "processes", "batch_tokens",
-                 "time_budget", "steps"):  # fmt: skip
+                 "time_budget", "steps", "window", "depth", "dim"):  # fmt: skip
         if said[name] is not None:
             changes[name] = said[name]
     if said["attn"]:

@@ -273,10 +273,13 @@ class Study:
             depth = depth_of(params)
             sized = settings.model_copy(update={"dim": None})
 
-            def plan(name: str, params: int = params, depth: int = depth) -> ModelPlan:
-                return self.plan(
-                    name, params=params, depth=depth, tolerance=settings.scale_tolerance
-                )
+            def plan(
+                name: str, params: int = params, depth: int = depth, sized: StudySettings = sized
+            ) -> ModelPlan:
+                return plan_model(
+                    sized, name, BENCH_VOCABULARY, params=params, depth=depth,
+                    tolerance=settings.scale_tolerance,
+                )  # fmt: skip
 
             def measure(
                 params: int = params,

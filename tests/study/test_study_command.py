@@ -165,7 +165,7 @@ def test_speedscope_of_collapsed_stacks() -> None:
 
 
 def test_pt_is_the_same_command() -> None:
-    """Catches an entry point that imports heavy things for its help, or loses its options."""
+    """Catches an entry point that cannot be run, or loses the options of the command."""
     result = subprocess.run(
         [sys.executable, str(ROOT / "pt.py"), "--help"], capture_output=True, text=True,
         check=False, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},

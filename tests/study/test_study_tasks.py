@@ -170,11 +170,11 @@ def test_same_seed_gives_identical_losses_twice(
 ) -> None:
     """Catches randomness outside the seeds, and a comparison that finds differences in noise (or
     finds none where there is one)."""
-    stages = ("pretrain", "tasks", "memory")
+    stages = ("pretrain", "tasks")
     for name, changes in (("a", {}), ("b", {}), ("c", {"seeds": (0, 1)}), ("d", {"params": 9000})):
         tiny_study(tmp_path / name, stages=stages, tolerance=0.05, **changes).run()
     same = compare_studies(tmp_path / "a", tmp_path / "b")
-    assert same["identical"] and same["compared"] > 10
+    assert same["identical"] and same["compared"] == 8
     assert same["verdict"].startswith("No difference found")
     other = compare_studies(tmp_path / "a", tmp_path / "d")
     assert not other["identical"] and other["settings"]["params"] == [12_000, 9000]
