@@ -83,7 +83,8 @@ def _promised(root: Path, settings: StudySettings) -> Iterator[tuple[str, Callab
     yield RESULTS_FILE, _lines
     for name, columns in FIRST_COLUMNS.items():
         stage = _STAGE_OF_TABLE[name]
-        wanted = stage in stages and _TASK_OF.get(name, name) in {*settings.tasks, name}
+        is_task = name in _TASK_OF
+        wanted = stage in stages and (not is_task or _TASK_OF[name] in settings.tasks)
         yield f"results/{name}.csv", _csv(columns, 1 if wanted else 0)
     yield "results/history.json", _history("pretrain" in stages or "tasks" in stages)
     yield f"results/{MODELS_FILE}", lambda path: _json(path, "models")

@@ -87,7 +87,7 @@ def test_perplexity_summary_equals_a_fresh_evaluation(
     from rxlm.training.checkpoint import find_latest
 
     assert main(["study", "report", str(smoke), "--section", "ppl"]) == 0
-    assert "bits per byte" in " ".join(capsys.readouterr().out.split())
+    assert "perplexity by seed" in " ".join(capsys.readouterr().out.split())
     settings = open_settings(smoke)
     corpus = open_corpus(settings.text)
     study = Study(settings, smoke)
