@@ -191,7 +191,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
     "cpu": {
-        "attention": _ALL, "seeds": (0, 1), "threads": 1, "params": 100_000,
+        "attention": _ALL, "seeds": (0, 1, 2), "threads": 1, "params": 100_000,
         "seq_lens": (128, 256, 512, 1024, 2048), "contexts": (64, 256, 1024, 4096),
         "op_lens": (256, 512, 1024, 2048, 4096), "memory_lens": (256, 512, 1024, 2048, 4096),
         "scale_params": (100_000, 250_000, 1_000_000, 2_500_000),
