@@ -55,8 +55,8 @@ class TaskTraining(Config):
     """Updates between validations."""
     test_rows: PositiveInt = 512
     """Rows of each size in the final test."""
-    stop_at: float = Field(default=0.995, gt=0, le=1)
-    """Share of right answers, over all sizes of a validation, at which training ends."""
+    stop_at: float = Field(default=0.99, gt=0, le=1)
+    """Share of right answers, of the worst size of a validation, at which training ends."""
 
 
 class TextTraining(Config):
