@@ -191,16 +191,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
     "cpu": {
-        "attention": _ALL, "seeds": (0, 1, 2), "threads": 1, "params": 100_000,
+        "attention": _ALL, "seeds": (0, 1, 2), "threads": 1, "params": 100_000, "head_dim": 64,
         "seq_lens": (128, 256, 512, 1024, 2048), "contexts": (64, 256, 1024, 4096),
         "op_lens": (256, 512, 1024, 2048, 4096), "memory_lens": (256, 512, 1024, 2048, 4096),
         "scale_params": (100_000, 250_000, 1_000_000, 2_500_000),
         "timing": {"rounds": 15, "fewest_rounds": 5, "group_seconds": 12.0},
         "text": {"data": "$RXLM_DATA/text/books.train.txt.gz", "max_bytes": 4_000_000,
-                 "steps": 500, "batch_tokens": 2048, "validate_every": 100, "vocab_size": 256},
+                 "steps": 400, "batch_tokens": 2048, "validate_every": 100, "vocab_size": 256},
         "tasks": {
-            "mqar": {"steps": 800, "learning_rates": (4e-3,)},
-            "copy": {"steps": 400, "vocab_size": 64, "sizes": (5, 10, 20, 30, 50)},
+            "mqar": {"steps": 1000, "learning_rates": (4e-3,)},
+            "copy": {"steps": 300, "vocab_size": 64, "sizes": (5, 10, 20, 30, 50)},
         },
     },
     "gpu": {
