@@ -44,6 +44,7 @@ TITLES = {
     "deltanet": "DeltaNet", "gated_deltanet": "Gated DeltaNet", "kda": "KDA", "based": "Based",
     "gated_conv": "gated conv",
 }  # fmt: skip
+"""What tables call a mechanism; others go by their name."""
 
 __all__ = [
     "TITLES", "Backend", "backend_of", "check_mechanisms", "load_plugins", "register_attention",
