@@ -199,7 +199,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text": {"data": "$RXLM_DATA/text/books.train.txt.gz", "max_bytes": 4_000_000,
                  "steps": 400, "batch_tokens": 2048, "validate_every": 100, "vocab_size": 256},
         "tasks": {
-            "mqar": {"steps": 1000, "learning_rates": (4e-3,)},
+            "mqar": {"steps": 800, "learning_rates": (4e-3,)},
             "copy": {"steps": 300, "vocab_size": 64, "sizes": (5, 10, 20, 30, 50)},
         },
     },
