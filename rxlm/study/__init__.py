@@ -4,7 +4,7 @@
 * ``network.py``, ``calibration.py``: models of equal size; ``gates.py``: what must hold first
 * ``bench.py``, ``memory.py``, ``scaling.py``, ``profiling.py``: time and memory
 * ``corpus.py``, ``objectives.py``, ``training.py``: perplexity and tasks, by the one Trainer
-* ``results.py``: rows on disk; ``runner.py``: what is measured in which order
+* ``results.py``, ``manifest.py``: what is on disk; ``runner.py``: what is measured in which order
 * ``fits.py``, ``claims.py``, ``figures.py``, ``tables.py``, ``report.py``: what the rows say
 * ``comparing.py``, ``checking.py``: two studies; whether one is whole
 * ``trainer.py``: the playbook's method names; ``harness.py``: lm-evaluation-harness

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from rxlm.errors import UserError
 from rxlm.evaluation.tables import FAILED, PASSED, Table
 from rxlm.study.figures import CAPTIONS
+from rxlm.study.manifest import MANIFEST_FILE, SCHEMA, open_settings
 from rxlm.study.profiling import SPEEDSCOPE_SCHEMA
 from rxlm.study.results import FIRST_COLUMNS, RESULTS_FILE
-from rxlm.study.runner import MANIFEST_FILE, MODELS_FILE, SCHEMA, open_settings
+from rxlm.study.runner import MODELS_FILE
 from rxlm.study.settings import Stage, StudySettings
 
 _NEEDS: dict[str, tuple[Stage, ...]] = {

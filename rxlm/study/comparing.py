@@ -14,9 +14,9 @@ from typing import Any
 
 from rxlm.evaluation.tables import Table
 from rxlm.study.fits import median_interval
+from rxlm.study.manifest import open_settings
 from rxlm.study.mechanisms import title
 from rxlm.study.results import OK, ResultStore, Row
-from rxlm.study.runner import open_settings
 from rxlm.training.comparison.effect import effect
 
 SCHEMA = "rxlm-study-comparison/1"

@@ -18,9 +18,10 @@ from rxlm.storage.files import json_bytes, read_json, write_bytes
 from rxlm.study.calibration import calibration_table
 from rxlm.study.claims import OPPOSITE, Claim, best_rows, claims_of, claims_table
 from rxlm.study.figures import caption_of, draw_study, pdf, png
+from rxlm.study.manifest import MANIFEST_FILE, open_settings
 from rxlm.study.mechanisms import title
 from rxlm.study.results import OK, ResultStore, csv_text, write_tables
-from rxlm.study.runner import MANIFEST_FILE, MODELS_FILE, open_settings
+from rxlm.study.runner import MODELS_FILE
 from rxlm.study.settings import StudySettings
 from rxlm.study.tables import study_tables
 from rxlm.study.training import RUNS, read_history

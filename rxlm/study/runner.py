@@ -6,10 +6,7 @@ ends; the tables, figures and pages are made of the lines (:mod:`rxlm.study.repo
 
 from __future__ import annotations
 
-import datetime
 import logging
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rxlm.errors import RunError, UserError
-from rxlm.evaluation.timing import load_average, machine_name
+from rxlm.errors import RunError
+from rxlm.evaluation.timing import machine_name
 from rxlm.lm.model import mixer_settings
 from rxlm.storage.files import json_bytes, read_json, write_bytes
 from rxlm.study.bench import (
@@ -38,6 +35,7 @@ from rxlm.study.calibration import (
 )
 from rxlm.study.corpus import open_corpus
 from rxlm.study.gates import check_mechanism
+from rxlm.study.manifest import write_manifest
 from rxlm.study.mechanisms import check_mechanisms
 from rxlm.study.memory import measure_memory
 from rxlm.study.profiling import profile_mechanism
@@ -45,13 +43,10 @@ from rxlm.study.results import FAILED, OK, TIME_BUDGET, ResultStore, Row, point_
 from rxlm.study.settings import StudySettings
 from rxlm.study.training import RUNS, Job, run_jobs, tasks_of
 from rxlm.training.device import cpu_threads, resolve_device
-from rxlm.training.run_folder import describe_environment
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_FILE = "manifest.json"
 MODELS_FILE = "model_configs.json"
-SCHEMA = "rxlm-study/1"
 BENCH_VOCABULARY = 256
 """Token ids of the models that are timed: with more, the scores hide the mixers."""
 _TIMED = ("efficiency", "prefill", "decode", "op", "scaling")
@@ -107,7 +102,7 @@ class Study:
         """
         begin = time.monotonic()
         settings = self.settings
-        self._write_manifest(begin, "running")
+        write_manifest(self.folder, self.settings, self.device, begin, "running")
         self._write_models()
         deadline = None if settings.time_budget is None else begin + settings.time_budget
         points = list(self._points())
@@ -122,7 +117,7 @@ class Study:
                 self.store.add(point.key, point.kind, point.measure())
         if {"pretrain", "tasks"} & set(settings.stages):
             self._train(deadline)
-        self._write_manifest(begin, "complete")
+        write_manifest(self.folder, self.settings, self.device, begin, "complete")
         return self.gates_hold()
 
     def _log_estimate(self, points: list[Point]) -> None:
@@ -395,57 +390,10 @@ class Study:
         values = {"key": key, "models": {row["attention"]: row for row in rows}}
         write_bytes(path, json_bytes(values))
 
-    def _write_manifest(self, begin: float, status: str) -> None:
-        path = self.folder / MANIFEST_FILE
-        before = read_json(path) if path.is_file() else {}
-        environment = describe_environment(str(self.device), torch.get_num_threads())
-        git = environment["git"]
-        sessions = list(before.get("sessions", []))
-        if status == "complete":
-            sessions.append({
-                "command": sys.argv, "seconds": round(time.monotonic() - begin, 1),
-                "load_average": round(load_average(), 2),
-            })  # fmt: skip
-        manifest = {
-            "schema": SCHEMA,
-            "status": status,
-            "created": before.get("created") or _now(),
-            "finished": _now() if status == "complete" else None,
-            "config": self.settings.model_dump(mode="json"),
-            "git": {"sha": (git or "").removesuffix("-dirty") or None,
-                    "dirty": None if git is None else git.endswith("-dirty")},
-            "environment": environment,
-            "hardware": {"machine": machine_name(self.device.type), "platform": platform.platform(),
-                         "cuda": torch.version.cuda, "threads": self.settings.threads},
-            "seeds": list(self.settings.seeds),
-            "data": open_corpus(self.settings.text).about()
-            if "pretrain" in self.settings.stages else before.get("data"),
-            "command": sys.argv,
-            "sessions": sessions,
-            "wall_seconds": round(sum(item["seconds"] for item in sessions), 1),
-        }  # fmt: skip
-        write_bytes(path, json_bytes(manifest))
-
 
 def _identity(job: Job) -> Row:
     return {"attention": job.attention, "seed": job.seed, "learning_rate": job.learning_rate,
             "task": job.task or None}  # fmt: skip
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def open_settings(folder: str | Path) -> StudySettings:
-    """Return the settings of a study that is there.
-
-    Raises:
-        UserError: if the folder holds none.
-    """
-    path = Path(folder) / MANIFEST_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} holds no study ({MANIFEST_FILE} is missing): run one first.")
-    return StudySettings.parse(read_json(path)["config"], str(path))
 
 
 def require_gates(holds: bool) -> None:

@@ -82,8 +82,9 @@ def test_perplexity_summary_equals_a_fresh_evaluation(
     """Catches a summary of other weights than those that are on disk."""
     from rxlm.study.calibration import build
     from rxlm.study.corpus import open_corpus
+    from rxlm.study.manifest import open_settings
     from rxlm.study.objectives import row_losses, text_metrics
-    from rxlm.study.runner import Study, open_settings
+    from rxlm.study.runner import Study
     from rxlm.training.checkpoint import find_latest
 
     assert main(["study", "report", str(smoke), "--section", "ppl"]) == 0

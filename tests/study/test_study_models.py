@@ -177,8 +177,8 @@ def test_saved_bytes_are_what_backward_needs() -> None:
 def test_memory_scaling_is_measured_in_three_ways(smoke: Path) -> None:
     """Catches memory of a CPU that is zero, and a slope that is not that of the bytes."""
     from rxlm.study.claims import slopes_of
+    from rxlm.study.manifest import open_settings
     from rxlm.study.results import ResultStore
-    from rxlm.study.runner import open_settings
 
     settings, store = open_settings(smoke), ResultStore(smoke)
     rows = store.rows("memory")
