@@ -40,16 +40,30 @@ register_attention = register_mixer
 """The decorator that enters a mechanism into the one table of mixers."""
 
 TITLES = {
-    "softmax": "softmax", "local": "window", "elu": "ELU + 1", "taylor": "Taylor", "gla": "GLA",
-    "deltanet": "DeltaNet", "gated_deltanet": "Gated DeltaNet", "kda": "KDA", "based": "Based",
+    "softmax": "softmax",
+    "local": "window",
+    "elu": "ELU + 1",
+    "taylor": "Taylor",
+    "gla": "GLA",
+    "deltanet": "DeltaNet",
+    "gated_deltanet": "Gated DeltaNet",
+    "kda": "KDA",
+    "based": "Based",
     "gated_conv": "gated conv",
-}  # fmt: skip
+}
 """What tables call a mechanism; others go by their name."""
 
 __all__ = [
-    "TITLES", "Backend", "backend_of", "check_mechanisms", "load_plugins", "register_attention",
-    "register_task", "set_backend", "title",
-]  # fmt: skip
+    "TITLES",
+    "Backend",
+    "backend_of",
+    "check_mechanisms",
+    "load_plugins",
+    "register_attention",
+    "register_task",
+    "set_backend",
+    "title",
+]
 
 
 class Backend(NamedTuple):

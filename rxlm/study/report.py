@@ -333,6 +333,11 @@ def write_tensorboard(folder: Path, store: ResultStore, history: Mapping[str, An
 
 
 _STEPS = {
-    "train_loss": "step", "grad_norm": "step", "clip_fraction": "step", "lr": "step",
-    "val_loss": "val_step", "val_ppl": "val_step", "val_accuracy": "val_step",
-}  # fmt: skip
+    "train_loss": "step",
+    "grad_norm": "step",
+    "clip_fraction": "step",
+    "lr": "step",
+    "val_loss": "val_step",
+    "val_ppl": "val_step",
+    "val_accuracy": "val_step",
+}
