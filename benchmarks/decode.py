@@ -33,9 +33,9 @@ from decode_contenders import (
     micro,
 )
 from decode_report import COPY, GEMV, PROMPT, REFERENCE, TRIAD, Key, Results, bars, write
-from timing import Call, interleave, load_average, machine_name
 
 from rxlm.errors import RunError, UserError
+from rxlm.evaluation.timing import Call, interleave, load_average, machine_name
 from rxlm.rxt.reactive import ReactiveModel
 
 LARGE = 128 * 2**20  # Bytes of a buffer that no cache holds.

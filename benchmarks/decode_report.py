@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from decode_contenders import COMPILED, LLAMA, OURS
-from timing import Quartiles, quartiles, ratio
 
 from rxlm.evaluation.tables import Table, markdown_table
+from rxlm.evaluation.timing import Quartiles, quartiles, ratio
 
 PROMPT = 16  # Tokens before those that are written, in a turn whose speed is measured.
 COPY, TRIAD, GEMV = "copy", "triad", "matrix times vector"

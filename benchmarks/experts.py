@@ -18,10 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import interleave, quartiles
 from torch import Tensor
 
 from rxlm.data import DialogueGenerator, conversation_texts
+from rxlm.evaluation.timing import interleave, quartiles
 from rxlm.nn.expert_routing import record_routing
 from rxlm.nn.feed_forward import FeedForward
 from rxlm.nn.moe import MixtureOfExperts, MoeSettings

@@ -34,9 +34,16 @@ from linear_attention_contenders import (
     step_contenders,
 )
 from linear_attention_report import Key, Results, bars, draw, page, write_csv
-from timing import Call, extra_memory, in_fresh_process, interleave, load_average, machine_name
 
 from rxlm.errors import RunError, UserError
+from rxlm.evaluation.timing import (
+    Call,
+    extra_memory,
+    in_fresh_process,
+    interleave,
+    load_average,
+    machine_name,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LENGTHS = (64, 256, 1024, 2048, 4096, 8192, 16384, 32768)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from linear_attention_contenders import BASELINE, TITLES, Contender
-from timing import Quartiles, log_log_slope, quartiles, ratio
 
 from rxlm.evaluation.tables import Table, markdown_table
+from rxlm.evaluation.timing import Quartiles, log_log_slope, quartiles, ratio
 
 SLOPE_LENGTHS = (2048, 32768)
 TASKS = ("forward", "forward+backward", "step")

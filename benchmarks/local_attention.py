@@ -27,7 +27,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in linear_attention.py
 import local_attention_package
 import torch
 import torch.nn.functional as F
-from timing import (
+from torch import Tensor
+
+from rxlm.errors import RunError, UserError
+from rxlm.evaluation.tables import Table, markdown_table
+from rxlm.evaluation.timing import (
     Call,
     Quartiles,
     extra_memory,
@@ -39,10 +43,6 @@ from timing import (
     quartiles,
     ratio,
 )
-from torch import Tensor
-
-from rxlm.errors import RunError, UserError
-from rxlm.evaluation.tables import Table, markdown_table
 from rxlm.nn import LocalAttention
 from rxlm.ops.rotary import rotate_halves
 

@@ -31,10 +31,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from mqar_report import draw, page, score_table, write_csv
 from mqar_training import Difficulty, Recipe, train
-from timing import load_average, machine_name
 
 from rxlm.errors import RunError, UserError
 from rxlm.evaluation.tables import markdown_table
+from rxlm.evaluation.timing import load_average, machine_name
 from rxlm.nn.mixers import MIXERS
 
 NAMES = ("softmax", "deltanet", "gated_deltanet", "kda", "gla", "elu")

@@ -10,8 +10,15 @@ from __future__ import annotations
 import argparse
 
 import torch
-from timing import extra_memory, in_fresh_process, interleave, load_average, machine_name, quartiles
 
+from rxlm.evaluation.timing import (
+    extra_memory,
+    in_fresh_process,
+    interleave,
+    load_average,
+    machine_name,
+    quartiles,
+)
 from rxlm.ops.losses import linear_cross_entropy
 
 Sizes = tuple[int, int, int]

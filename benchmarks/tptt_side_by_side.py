@@ -23,11 +23,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timing
 import torch
 from torch import Tensor
 
 from rxlm.errors import UserError
+from rxlm.evaluation import timing
 from rxlm.nn import LinearAttention
 from rxlm.nn.drop_in.operator_modes import OPERATOR_MODES
 from rxlm.ops.linear_attention.value_gates import value_gated_delta_rule

@@ -25,9 +25,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import load_average, machine_name, quartiles
-
 from rxlm.data import DialogueGenerator, GeneratedConversations, conversation_texts
+from rxlm.evaluation.timing import load_average, machine_name, quartiles
 from rxlm.lm.config import LMConfig
 from rxlm.lm.language_model import LanguageModel
 from rxlm.rxt.dialogues import TurnEncoder

@@ -35,13 +35,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.nn.functional as F
 from mqar_training import TEST_SEED, Score, batch, score
-from timing import load_average, machine_name
 from torch import Tensor
 
 from rxlm.data.mqar import MqarSettings
 from rxlm.errors import RunError, UserError
 from rxlm.evaluation.statistics import wilson_interval
 from rxlm.evaluation.tables import Table, markdown_table
+from rxlm.evaluation.timing import load_average, machine_name
 from rxlm.rxt.components import RxTDecoder
 
 Between = Literal["carried", "reset", "another's"]

@@ -155,6 +155,19 @@ PAGES: Mapping[str, Page] = {
             "rxlm.evaluation.memory_trace",
         ),
     ),
+    "study": Page(
+        "The study",
+        "Attention mechanisms at equal size.",
+        (
+            "rxlm.study.settings",
+            "rxlm.study.mechanisms",
+            "rxlm.study.trainer",
+            "rxlm.study.runner",
+            "rxlm.study.report",
+            "rxlm.data.synthetic_tasks",
+            "rxlm.data.characters",
+        ),
+    ),
     "lm": Page(
         "Language models without a memory",
         "The baseline, with any attention.",

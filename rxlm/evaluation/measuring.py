@@ -1,7 +1,7 @@
 """Seconds and bytes of one call, in the process that is there.
 
-For comparisons of many contenders see ``benchmarks/timing.py``, which interleaves rounds and takes
-a fresh process for memory.
+For comparisons of many contenders see ``timing``, which interleaves rounds and takes a fresh
+process for memory.
 """
 
 from __future__ import annotations

@@ -75,12 +75,17 @@ def page_blocks(report: Mapping[str, Any], pictures: Sequence[str]) -> Iterator[
 
 def markdown_page(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """Return the report in Markdown; pictures are links to ``figures/NAME.png``."""
-    parts = [f"# {escape_markdown(_title(report))}\n"]
-    for block in page_blocks(report, pictures):
+    return render_markdown(_title(report), page_blocks(report, pictures))
+
+
+def render_markdown(title: str, blocks: Iterable[Block], figures: str = "figures") -> str:
+    """Return a page in Markdown; pictures are links to ``FIGURES/NAME.png``."""
+    parts = [f"# {escape_markdown(title)}\n"]
+    for block in blocks:
         if isinstance(block, Heading):
             parts.append(f"## {escape_markdown(block.text)}\n")
         elif isinstance(block, Picture):
-            parts.append(f"![{block.caption}](figures/{block.name}.png)\n")
+            parts.append(f"![{block.caption}]({figures}/{block.name}.png)\n")
         elif isinstance(block, Table):
             parts.append(f"### {escape_markdown(block.title)}\n\n{markdown_table(block)}")
         elif isinstance(block, Talk):

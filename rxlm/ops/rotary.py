@@ -45,12 +45,14 @@ def apply_rotary(x: Tensor, phases: Tensor) -> Tensor:
     Returns:
         the rotated tensor, same shape and dtype as ``x``.
     """
+    # Float64 stays: gradients of float64 models are checked numerically.
+    exact = x if x.dtype == torch.float64 else x.float()
     if not phases.is_complex():
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        even, odd = exact.unflatten(-1, (-1, 2)).unbind(-1)
         cosine, sine = phases.unsqueeze(-3).unbind(-1)
         turned = (even * cosine - odd * sine, even * sine + odd * cosine)
         return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2))
+    pairs = torch.view_as_complex(exact.reshape(*x.shape[:-1], x.shape[-1] // 2, 2))
     rotated = torch.view_as_real(pairs * phases.unsqueeze(-2))
     return rotated.reshape(x.shape).to(x.dtype)
 

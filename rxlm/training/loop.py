@@ -243,6 +243,11 @@ class TrainingLoop:
         patience = self._settings.early_stop_patience
         if patience is not None and self.state.validations_since_best >= patience:
             return "early_stopped"
+        goal, best = self._settings.early_stop_at, self.state.best
+        if goal is not None and best is not None:
+            found, wanted = (Score(best.metric, best.mode, x) for x in (best.value, goal))
+            if best.metric == self._settings.best_metric and found.rank() <= wanted.rank():
+                return "early_stopped"
         # All processes stop at the same step, whichever of them got the signal.
         signals = [item for item in self._parts.world.gather(self._stop.signal) if item is not None]
         if signals and self._stop.signal is None:

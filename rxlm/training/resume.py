@@ -164,6 +164,7 @@ def write_run_status(
             seconds=state.seconds,
             tokens_per_second=state.tokens_per_second,
             early_stop_patience=parts.settings.early_stop_patience,
+            early_stop_at=parts.settings.early_stop_at,
             data=parts.objective.data_summary(),
         )
     )

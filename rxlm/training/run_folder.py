@@ -49,6 +49,8 @@ class RunStatus(Config):
     tokens_per_second: float = 0.0
     early_stop_patience: int | None = None
     """The patience that ended an ``early_stopped`` run."""
+    early_stop_at: float | None = None
+    """The goal that it had."""
     data: dict[str, Any] = Field(default_factory=dict)
     """By split: records read, bad records that were skipped, and the first of them by name."""
 
@@ -56,10 +58,13 @@ class RunStatus(Config):
         """Return whether nothing is left to do under ``settings``.
 
         A complete run goes on when it is given more steps, and an early-stopped one when it is
-        given another patience.
+        given another patience or goal.
         """
         if self.status == "early_stopped":
-            return self.early_stop_patience == settings.early_stop_patience
+            return (self.early_stop_patience, self.early_stop_at) == (
+                settings.early_stop_patience,
+                settings.early_stop_at,
+            )
         return self.status == "complete" and self.step >= settings.steps
 
 

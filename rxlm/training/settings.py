@@ -98,6 +98,8 @@ class TrainSettings(Config):
     """Whether a smaller or a larger ``best_metric`` is better."""
     early_stop_patience: int | None = Field(default=None, gt=0)
     """Stop after this many validations without a better ``best_metric``; ``null`` = never."""
+    early_stop_at: float | None = None
+    """Stop at the first validation whose ``best_metric`` is as good as this; ``null`` = never."""
     max_bad_steps: int = Field(default=10, ge=0)
     """How many steps in a row may be skipped for a non-finite loss or gradient."""
     loggers: tuple[LoggerName, ...] = ("tensorboard",)
@@ -134,11 +136,12 @@ class TrainSettings(Config):
                 f"than {self.prefetch} micro-batches are built at a time. Raise prefetch to at "
                 f"least {self.prefetch_workers}, better twice that."
             )
-        if self.early_stop_patience is not None and self.validate_every is None:
-            raise UserError(
-                f"early_stop_patience={self.early_stop_patience} counts validations, but "
-                "validate_every is null: set validate_every to a number of steps."
-            )
+        for name in ("early_stop_patience", "early_stop_at"):
+            if getattr(self, name) is not None and self.validate_every is None:
+                raise UserError(
+                    f"{name}={getattr(self, name)} looks at validations, but validate_every is "
+                    "null: set validate_every to a number of steps."
+                )
         return self
 
 

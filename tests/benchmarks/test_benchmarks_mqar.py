@@ -16,7 +16,7 @@ from torch import Tensor
 from rxlm.data.mqar import MqarSettings
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = ("timing", "mqar_training", "mqar_report", "mqar", "two_turn_recall")
+NAMES = ("mqar_training", "mqar_report", "mqar", "two_turn_recall")
 TINY = ["--quick", "--processes", "1", "--steps", "6", "--mixers", "kda", "elu"]
 
 

@@ -68,3 +68,11 @@ def test_positions_count_real_tokens_on_either_padding_side() -> None:
 def test_no_tokens_is_a_valid_length() -> None:
     """An empty sequence (a decode call without new tokens) must not fail in a reshape."""
     assert apply_rotary(torch.zeros(2, 0, 1, 8), rotary_phases(torch.arange(0), 8)).shape[1] == 0
+
+
+def test_float64_is_rotated_in_float64() -> None:
+    """Numeric gradients of a float64 model are noise when its queries are rounded to float32."""
+    x = torch.randn(1, 4, 1, 8, dtype=torch.float64, requires_grad=True)
+    phases = rotary_phases(torch.arange(4), 8, 100.0)
+    for form in (phases, torch.view_as_real(phases)):
+        assert torch.autograd.gradcheck(lambda value, form=form: apply_rotary(value, form), (x,))

@@ -100,6 +100,20 @@ def test_early_stop_counts_validations(toy: ModuleType, tmp_path: Path) -> None:
     assert (again.status, again.step) == ("early_stopped", 10)
 
 
+def test_early_stop_at_a_goal(toy: ModuleType, tmp_path: Path) -> None:
+    """Catches a goal that is missed by one validation, and one that counts as another's end."""
+    options = {"steps": 50, "validate_every": 2, "early_stop_at": 2.0}
+    objective = toy.ToyObjective()
+    objective.scores = [3.0, 2.0, 1.0, 0.5]
+    result = toy.train(objective, tmp_path, **options)
+    assert (result.status, result.step) == ("early_stopped", 4)
+    assert toy.train(toy.ToyObjective(), tmp_path, **options).step == 4
+    further = toy.ToyObjective()
+    further.scores = [1.0, 0.5]
+    result = toy.train(further, tmp_path, **{**options, "early_stop_at": 0.5})
+    assert (result.status, result.step) == ("early_stopped", 8)
+
+
 def test_improvements_are_saved_and_kept(toy: ModuleType, tmp_path: Path) -> None:
     """Catches a best result that no checkpoint holds, because it fell between two saves."""
     objective = toy.ToyObjective()

@@ -2,7 +2,8 @@
 
 Everything that is compared runs once per round, in an order drawn anew, so that whatever else the
 machine does meets all of it alike; ratios are taken within a round. Peak memory is that of a fresh
-process. Used by the scripts of this folder; knows nothing of what they measure.
+process. Used by the study and by ``benchmarks/``; knows nothing of what they measure.
+Not here: one call in the process that is there (``measuring``).
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+from rxlm.evaluation.measuring import processor_name
 
 Key = TypeVar("Key", bound=Hashable)
 Call = Callable[[], object]
@@ -63,6 +65,8 @@ def interleave(
     rounds: int,
     budget: float,
     fewest_rounds: int = 3,
+    target_spread: float | None = None,
+    seed: int = 0,
     warm_up: Callable[[Key], bool] = lambda key: True,
     synchronize: Call = lambda: None,
     progress: Callable[[str], None] = lambda message: None,
@@ -74,6 +78,9 @@ def interleave(
         rounds: how often.
         budget: seconds after which no further round begins, once there are ``fewest_rounds``.
         fewest_rounds: see ``budget``.
+        target_spread: end as soon as the quartiles of every call lie within this share of its
+            median (after ``fewest_rounds``); None: all rounds.
+        seed: of the order within a round.
         warm_up: which calls to try before, and to repeat within a sample if they are short.
         synchronize: waits for the device; part of each sample.
         progress: is told what has been done.
@@ -89,7 +96,7 @@ def interleave(
     }
     progress(f"warmed up in {time.perf_counter() - start:.0f} s")
     samples: dict[Key, list[float]] = {key: [] for key in repeats}
-    order = random.Random(0)
+    order = random.Random(seed)
     for number in range(1, rounds + 1):
         for group in groups:
             for key in order.sample(list(group), len(group)):
@@ -97,9 +104,16 @@ def interleave(
                 samples[key].append(seconds / repeats[key])
         elapsed = time.perf_counter() - start
         progress(f"round {number} of {rounds} after {elapsed:.0f} s")
-        if number >= fewest_rounds and elapsed >= budget:
+        if number >= fewest_rounds and (elapsed >= budget or _settled(samples, target_spread)):
             break
     return samples
+
+
+def _settled(samples: Mapping[Key, Sequence[float]], target_spread: float | None) -> bool:
+    if target_spread is None:
+        return False
+    found = [quartiles(values) for values in samples.values()]
+    return all(part.upper - part.lower <= target_spread * part.median for part in found)
 
 
 def _repeats(call: Call, synchronize: Call) -> int:
@@ -157,25 +171,33 @@ def _status_bytes(field: str) -> int:
     raise KeyError(field)
 
 
-def in_fresh_process(function: Callable[..., int | None], *arguments: object) -> int | None:
-    """Return ``function(*arguments)``, computed in a process of its own; None if that one died."""
+def in_fresh_process(
+    function: Callable[..., Any], *arguments: object, preload: Sequence[str] = ("torch",)
+) -> Any:
+    """Return ``function(*arguments)``, computed in a process of its own; None if that one died.
+
+    Function and arguments must be such that a new interpreter can import and receive them.
+
+    Args:
+        function: of a module.
+        arguments: of the function.
+        preload: modules that such processes begin with; what the first call says holds for all.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(list(preload))
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_result, args=(sender, function, *arguments))
     process.start()
     sender.close()
     try:
-        result: int | None = receiver.recv()
+        result = receiver.recv()
     except EOFError:
         result = None
     process.join()
     return result
 
 
-def _send_result(
-    sender: Connection, function: Callable[..., int | None], *arguments: object
-) -> None:
+def _send_result(sender: Connection, function: Callable[..., Any], *arguments: object) -> None:
     sender.send(function(*arguments))
 
 
@@ -184,13 +206,7 @@ def _send_result(
 
 def machine_name(device: str) -> str:
     """Return the model of the processor that computes, and how many CPU cores there are."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
-    text = f"{cpu}, {os.cpu_count()} cores"
+    text = f"{processor_name()}, {os.cpu_count()} cores"
     return text if device == "cpu" else f"{torch.cuda.get_device_name()} ({text})"
 
 
