@@ -26,7 +26,6 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from timing import load_average, machine_name
 
 from rxlm.data.conversation_source import open_conversations
 from rxlm.errors import RunError, UserError
@@ -34,6 +33,7 @@ from rxlm.evaluation.recall import evaluate_recall
 from rxlm.evaluation.recall_plan import RecallSettings
 from rxlm.evaluation.recall_summary import pool
 from rxlm.evaluation.tables import Table, markdown_table
+from rxlm.evaluation.timing import load_average, machine_name
 from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.generation import turn_limit
 from rxlm.rxt.models import RxTAlpha

@@ -28,9 +28,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in linear_attention.py
 
 import torch
 from serving_report import BATCHED, SERIAL, Round, Sample, ServingResults, bars, write
-from timing import load_average, machine_name
 
 from rxlm.errors import RunError, UserError
+from rxlm.evaluation.timing import load_average, machine_name
 from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt.alpha import RxTAlpha
 from rxlm.rxt.session_events import TextDelta, TurnEnd

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from timing import Quartiles, ratio
-
 from rxlm.evaluation.tables import Table, markdown_table
+from rxlm.evaluation.timing import Quartiles, ratio
 
 BATCHED, SERIAL = "batched", "serial"
 

@@ -30,10 +30,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in linear_attention.py
 
 import torch
 from decode_contenders import count, llama_of, prompt_ids
-from timing import Call, interleave, load_average, machine_name
 from turns_report import AGAIN, CACHED, OURS, REREADS, Key, TurnResults, bars, write
 
 from rxlm.errors import UserError
+from rxlm.evaluation.timing import Call, interleave, load_average, machine_name
 from rxlm.ops.sampling import GREEDY
 from rxlm.rxt.alpha import RxTAlpha
 from rxlm.rxt.conversation import ConversationState

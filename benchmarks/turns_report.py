@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from timing import Quartiles, quartiles, ratio
-
 from rxlm.evaluation.tables import Table, markdown_table
+from rxlm.evaluation.timing import Quartiles, quartiles, ratio
 
 OURS = "rxlm"
 AGAIN = "rxlm, first beside last"

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_kills_change_nothing(tmp_path: Path) -> None:
     """Catches whatever a kill of a real run leaves behind or loses, and a fault script that does
     not run (its long form: ``--kills 25``)."""
-    command = [sys.executable, str(ROOT / "scripts/fault_test.py"), "--kills", "3", "--steps", "8"]
+    command = [sys.executable, str(ROOT / "scripts/fault_test.py"), "--kills", "3", "--steps", "16"]
     result = subprocess.run(
         [*command, "--work", str(tmp_path / "work")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
