@@ -128,7 +128,8 @@ class _Drawing:
         figure, panels = self._panels(2)
         for axes, (column, label) in zip(panels, parts, strict=True):
             for name in self.settings.attention:
-                own = [row for row in _by_length(rows, name) if row.get(column)]
+                # Less than the process already held shows as nothing: no place on a log axis.
+                own = [row for row in _by_length(rows, name) if (row.get(column) or 0.0) > 0]
                 axes.plot(
                     [row["seq_len"] for row in own], [row[column] for row in own], marker="o",
                     markersize=3, color=self.colour(name), label=title(name),
@@ -238,7 +239,11 @@ class _Drawing:
         for axes, (column, label) in zip(panels, parts, strict=True):
             for name in self.settings.attention:
                 own = sorted(
-                    (row for row in rows if row["attention"] == name),
+                    (
+                        row
+                        for row in rows
+                        if row["attention"] == name and (row.get(column) or 0.0) > 0
+                    ),
                     key=lambda row: int(row["non_embedding"]),
                 )
                 axes.plot(
