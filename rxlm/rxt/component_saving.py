@@ -18,6 +18,7 @@ from torch import nn
 
 from rxlm.configuration import Config
 from rxlm.errors import UserError
+from rxlm.nn.int8_linear import is_int8
 from rxlm.rxt.config import FORMAT_VERSION
 from rxlm.storage.hub import local_folder, push_folder
 from rxlm.storage.model_card import Metrics, front_matter, metrics_table
@@ -56,9 +57,15 @@ class StoredComponent(nn.Module):
             metrics: measured numbers, for the card.
 
         Raises:
-            UserError: if a file would be replaced and ``overwrite`` is false.
+            UserError: if a file would be replaced and ``overwrite`` is false, or the component
+                is of an int8 model.
             RunError: if the disk refuses.
         """
+        if is_int8(self):
+            raise UserError(
+                "a component of an int8 model is not saved by itself: save the whole model, or "
+                "the component of the model that it was made of."
+            )
         save_model_folder(
             self,
             directory,

@@ -8,10 +8,15 @@ parts a training stage trains.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from torch import nn
 
+from rxlm.nn.int8_linear import require_trainable
 from rxlm.rxt.parameter_groups import Group, parameter_groups, set_trainable
+
+
+Module = TypeVar("Module", bound="FreezingMethods")
 
 
 class FreezingMethods(nn.Module):
@@ -20,6 +25,16 @@ class FreezingMethods(nn.Module):
     Each method changes what it names and leaves all other parameters as they are. Those that a
     component does not have (an encoder has no memory, for example) are no error.
     """
+
+    def requires_grad_(self: Module, requires_grad: bool = True) -> Module:
+        """Freeze every parameter, or let all train.
+
+        Raises:
+            UserError: if int8 weights should train.
+        """
+        if requires_grad:
+            require_trainable(self)
+        return super().requires_grad_(requires_grad)
 
     def memory_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that read and write memory, without the norms before them."""

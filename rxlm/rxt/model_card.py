@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from rxlm.nn.int8_linear import is_int8
 from rxlm.rxt.accounting import ModelCosts, model_costs
 from rxlm.rxt.config import RxTConfig
 from rxlm.rxt.model import RxTNetwork
 from rxlm.storage.model_card import Metrics, front_matter, metrics_table, write_card
 
 TAGS = ("reactive-transformer", "memory", "dialogue")
+
+_INT8 = (
+    "**Quantised for CPUs**: the projections of attention and of dense feed-forward networks have "
+    "int8 weights, one scale per output channel, and quantise their inputs row by row; all else is "
+    "float32. Needs rxlm with `rxlm export`; cannot be trained or moved to a GPU. Conversations of "
+    "the model that it was made of cannot go on with it."
+)
 
 
 def model_card(
@@ -46,6 +54,7 @@ def model_card(
         f"{decoder.vocab_size}, memory {decoder.stm_size} slots a layer (`{memory.variant}`), "
         f"turns of up to {decoder.seq_len} tokens. Self-attention: "
         f"{_kinds(config)}; memory cross-attention: `{decoder.cross_att_type}`.",
+        *([_INT8] if is_int8(model) else []),
         _parameters(costs),
         _costs(costs, decoder.seq_len),
     ]

@@ -14,6 +14,7 @@ from torch import nn
 
 from rxlm.errors import UserError
 from rxlm.memory.attention import MemoryAttention
+from rxlm.nn.int8_linear import require_trainable
 
 Group = Literal["memory", "memory_norms", "embedding", "head", "body"]
 """``memory``: memory attention, memory cross-attention, and what MD-GDN reads of a memory;
@@ -52,9 +53,12 @@ def train_only(module: nn.Module, groups: Iterable[Group]) -> int:
         the number of parameters that train.
 
     Raises:
-        UserError: for a group that does not exist; nothing is changed then.
+        UserError: for a group that does not exist, or if int8 weights should train; nothing is
+            changed then.
     """
     wanted = _checked(groups)
+    if wanted:
+        require_trainable(module)
     count = 0
     for group, parameters in parameter_groups(module).items():
         for parameter in parameters.values():
@@ -70,6 +74,8 @@ def set_trainable(module: nn.Module, groups: Iterable[Group], trainable: bool) -
         UserError: as :func:`train_only`.
     """
     wanted = _checked(groups)
+    if trainable:
+        require_trainable(module)
     for group, parameters in parameter_groups(module).items():
         for parameter in parameters.values() if group in wanted else ():
             parameter.requires_grad_(trainable)

@@ -14,8 +14,16 @@ import torch
 
 import rxlm
 from rxlm.errors import UserError
+from rxlm.nn.int8_linear import is_int8
 from rxlm.rxt.component_saving import COMPONENT_KINDS
 from rxlm.rxt.config import RxTConfig
+from rxlm.rxt.int8 import (
+    INT8,
+    QUANTIZATION,
+    check_int8,
+    check_quantization,
+    make_room_for_int8,
+)
 from rxlm.rxt.model_card import model_card
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.storage.hub import push_folder
@@ -41,6 +49,7 @@ class StoredConfig(NamedTuple):
     config: RxTConfig
     architecture: str
     rxlm_version: str
+    is_int8: bool = False
 
 
 def read_model_config(directory: str | Path) -> StoredConfig:
@@ -70,7 +79,10 @@ def read_model_config(directory: str | Path) -> StoredConfig:
             f"{path} does not describe a model of rxlm (it has no 'decoder'): was it written by "
             "another library?"
         )
-    return StoredConfig(RxTConfig.parse(values, str(path)), architecture, version)
+    quantized = QUANTIZATION in values
+    if quantized:
+        check_quantization(values.pop(QUANTIZATION), str(path))
+    return StoredConfig(RxTConfig.parse(values, str(path)), architecture, version, quantized)
 
 
 def save_model(
@@ -123,14 +135,23 @@ def load_model(
         UserError: if the folder is no model, is damaged, or its parts do not fit together.
     """
     folder = Path(directory)
-    config = read_model_config(folder).config
+    stored = read_model_config(folder)
+    if stored.is_int8 and torch.device(device).type != "cpu":
+        raise UserError(
+            f"{folder} is an int8 model, which runs on a CPU, not on {device}: load it with "
+            "device='cpu', or take the model that it was exported from."
+        )
     tokenizer = load_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):
         try:
-            model = cls.from_config(config, tokenizer)
+            model = cls.from_config(stored.config, tokenizer)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
+    if stored.is_int8:
+        make_room_for_int8(model)
     take_weights(model, folder, strict=strict)
+    if stored.is_int8:
+        check_int8(model, str(folder))
     return model.to(device).eval()
 
 
@@ -184,5 +205,6 @@ def stored_config(model: ReactiveModel) -> dict[str, object]:
     return {
         "architecture": type(model).__name__,
         "rxlm_version": rxlm.__version__,
+        **({QUANTIZATION: INT8} if is_int8(model) else {}),
         **model.config.model_dump(mode="json"),
     }

@@ -21,6 +21,7 @@ from rxlm.data.conversation_source import (
 )
 from rxlm.data.records import DataSummary
 from rxlm.errors import UserError
+from rxlm.nn.int8_linear import require_trainable
 from rxlm.rxt.config import NOT_ARCHITECTURE, RxTConfig
 from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.generation import turn_limit
@@ -66,7 +67,7 @@ def build_model(recipe: ModelRecipe, inputs: StageInputs) -> RxTAlpha:
 
     Raises:
         UserError: when the recipe's model is not that of the weights, does not fit the tokenizer,
-            or needs what is not built.
+            or needs what is not built, or the weights are int8.
     """
     tokenizer = Tokenizer.load(inputs.tokenizer_folder)
     if inputs.model_folder is None:
@@ -79,6 +80,7 @@ def build_model(recipe: ModelRecipe, inputs: StageInputs) -> RxTAlpha:
             cls = recipe_class(recipe, None)
             return cls.from_config(model_config(recipe.model, tokenizer), tokenizer)
     source = RxTAlpha.from_pretrained(inputs.model_folder)
+    require_trainable(source)
     if recipe.model is None:
         return source
     cls = recipe_class(recipe, inputs.model_folder)
