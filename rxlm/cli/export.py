@@ -83,7 +83,5 @@ def _settings(folder: Path) -> Int8LossSettings:
 
     recipe = recipe_of_model(folder)
     return (
-        Int8LossSettings()
-        if recipe is None
-        else Int8LossSettings(generator=recipe.data.generator)
+        Int8LossSettings() if recipe is None else Int8LossSettings(generator=recipe.data.generator)
     )

@@ -26,7 +26,7 @@ from rxlm.errors import RunError, UserError
 
 VERBS = (
     "doctor", "pipeline", "train", "plot", "compare", "config", "data", "tokenizer", "chat",
-    "serve", "eval", "memory", "study", "demo",
+    "serve", "eval", "memory", "export", "study", "demo",
 )  # fmt: skip
 MODULE_OF_VERB = {"eval": "evaluate"}
 """Verbs whose module has another name than they (a built-in function is called ``eval``)."""

@@ -168,7 +168,7 @@ def _quality(
         max_answer_tokens=settings.max_answer_tokens,
         generator=settings.generator,
     )
-    recall = pool(evaluate_recall(model, asked).rows).value
+    recall = pool(evaluate_recall(model, asked).rows).mean
     return Quality(math.nan if loss is None else math.exp(loss), recall)
 
 

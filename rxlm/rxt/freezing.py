@@ -15,7 +15,6 @@ from torch import nn
 from rxlm.nn.int8_linear import require_trainable
 from rxlm.rxt.parameter_groups import Group, parameter_groups, set_trainable
 
-
 Module = TypeVar("Module", bound="FreezingMethods")
 
 

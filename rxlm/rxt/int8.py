@@ -5,7 +5,7 @@ linear) and dense feed-forward networks, in encoder and decoder. In float32 stay
 and the output layer, experts and their routers, gates, norms, convolutions, and all of memory
 attention: what is written into a memory is read for the rest of the conversation.
 
-Not here: the arithmetic (:mod:`rxlm.nn.int8_linear`), files (:mod:`rxlm.rxt.saving`), measuring what
+Not here: arithmetic (:mod:`rxlm.nn.int8_linear`), files (:mod:`rxlm.rxt.saving`), measuring what
 is lost (:mod:`rxlm.evaluation.int8_loss`).
 """
 
