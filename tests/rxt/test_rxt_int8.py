@@ -58,7 +58,7 @@ def test_only_the_matrices_of_tokens_change(pair: tuple[RxTAlpha, RxTAlpha]) -> 
 
 def test_the_memory_and_the_answers_are_near(pair: tuple[RxTAlpha, RxTAlpha]) -> None:
     """Catches weights that land in another layer: everything would run, and mean nothing."""
-    model, made = pair
+    model, _ = pair
     ids = torch.randint(5, 200, (3, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         slots = model.initial_memory(3)
