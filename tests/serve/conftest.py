@@ -41,12 +41,15 @@ def tiny() -> RxTAlpha:
 
 @pytest.fixture
 def slow_tiny(tiny: RxTAlpha, monkeypatch: pytest.MonkeyPatch) -> RxTAlpha:
-    """The same, but a token takes so long that somebody can come between."""
-    logits = tiny.decoder.logits
+    """The same, but a token takes so long that somebody can come between, and none ends it: drawn
+    at random, [EOS] came first once in a while."""
+    logits, eos_id = tiny.decoder.logits, tiny.config.tokenizer.eos_token_id
 
     def slowly(*args: Any, **options: Any) -> torch.Tensor:
         time.sleep(0.02)
-        return logits(*args, **options)
+        scores = logits(*args, **options).clone()
+        scores[..., eos_id] = -1e9
+        return scores
 
     monkeypatch.setattr(tiny.decoder, "logits", slowly)
     return tiny
