@@ -56,6 +56,12 @@ def run(
             metavar="STAGE", help="Delete the runs of this stage and all later ones; train anew."
         ),
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Processes of this machine that share each update (one CPU core each)."
+        ),
+    ] = 1,
     evaluate: Annotated[
         bool, typer.Option("--eval/--no-eval", help="Evaluate at the end and write a report.")
     ] = True,
@@ -68,17 +74,23 @@ def run(
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(
-            "pipeline run works in one process. Under torchrun, train one stage after the other: "
-            "torchrun --nproc-per-node 2 -m rxlm train RECIPE"
+            "pipeline run starts its processes itself: rxlm pipeline run FOLDER --processes 2. Under "
+            "torchrun, train one stage after the other: torchrun --nproc-per-node 2 -m rxlm train "
+            "RECIPE"
         )
     root = out or Path("runs", recipes.resolve().name)
     planned = plan_pipeline(recipes, root, overrides or [], stop_after=stop_after, redo=redo)
     words = ["rxlm", "pipeline", "run", str(recipes), *(overrides or []), "--out", str(root)]
     words += ["--stop-after", stop_after] if stop_after else []
+    words += ["--processes", str(processes)] if processes > 1 else []
     again = shlex.join([*words, *([] if evaluate else ["--no-eval"])])
     with _stopping(again):
         result = run_pipeline(
-            planned, redo=redo, console=console.messages(), announce=_announce_stage
+            planned,
+            redo=redo,
+            processes=processes,
+            console=console.messages(),
+            announce=_announce_stage,
         )
         if result.interrupted is not None:
             where = f"stopped in {result.last.name}, saved in {result.last.folder}"

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from rich.console import Console
 
 from rxlm.errors import UserError
+from rxlm.training.processes import check_processes, run_stage_in_processes
 from rxlm.training.recipes import PREVIOUS, StageFile, TokenizerRecipe, read_folder
 from rxlm.training.run_folder import STATUS_FILE, read_status
 from rxlm.training.stage import StageResult, changes, is_finished, run_stage
@@ -102,6 +103,7 @@ def run_pipeline(
     planned: Sequence[PlannedStage],
     *,
     redo: str | None = None,
+    processes: int = 1,
     console: Console | None = None,
     announce: Callable[[int, int, PlannedStage], None] | None = None,
 ) -> PipelineResult:
@@ -110,13 +112,15 @@ def run_pipeline(
     Args:
         planned: the stages.
         redo: as in the plan; the run folders of that stage and of all later ones are deleted.
+        processes: how many processes of this machine share the training of a stage.
         console: where progress bars go; default standard error.
         announce: told (number from 1, number of stages, stage) before each stage.
 
     Raises:
-        UserError: when something does not fit.
+        UserError: when something does not fit, and for more processes than CPU cores.
         RunError: when a stage fails. Finished stages stay.
     """
+    check_processes(processes)
     if redo is not None:
         stages = [item.stage for item in planned]
         for item in planned[find_stage(stages, redo) :]:
@@ -128,7 +132,10 @@ def run_pipeline(
         if item.action == "skip":
             results.append(_finished_result(item))
             continue
-        result = run_stage(item.stage, item.folder, console)
+        if processes > 1 and not isinstance(item.stage.recipe, TokenizerRecipe):
+            result = run_stage_in_processes(item.stage, item.folder, processes)
+        else:
+            result = run_stage(item.stage, item.folder, console)
         results.append(result)
         if result.status == "interrupted":
             return PipelineResult(results, result.signal)

@@ -248,6 +248,8 @@ class StageFile(NamedTuple):
 
     path: Path
     recipe: TokenizerRecipe | ModelRecipe | LMRecipe
+    overrides: tuple[str, ...] = ()
+    """``a.b=c``: what the recipe has in place of the file's settings."""
 
     @property
     def name(self) -> str:
@@ -274,7 +276,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> StageFile:
         where = loaded.origins.get("stage", str(path))
         raise UserError(f"{where}: {given}; expected one of {', '.join(STAGES)}.{hint}")
     # The class is known, so it is named instead of the union: messages stay free of its tags.
-    return StageFile(Path(path), parse_recipe(loaded, STAGES[stage]))
+    return StageFile(Path(path), parse_recipe(loaded, STAGES[stage]), tuple(overrides))
 
 
 def recipe_files(folder: str | Path) -> list[Path]:
