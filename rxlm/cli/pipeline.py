@@ -74,9 +74,9 @@ def run(
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(
-            "pipeline run starts its processes itself: rxlm pipeline run FOLDER --processes 2. Under "
-            "torchrun, train one stage after the other: torchrun --nproc-per-node 2 -m rxlm train "
-            "RECIPE"
+            "pipeline run starts its processes itself: rxlm pipeline run FOLDER --processes 2. "
+            "Under torchrun, train one stage after the other: torchrun --nproc-per-node 2 "
+            "-m rxlm train RECIPE"
         )
     root = out or Path("runs", recipes.resolve().name)
     planned = plan_pipeline(recipes, root, overrides or [], stop_after=stop_after, redo=redo)

@@ -1,4 +1,4 @@
-"""Stages that a pipeline trains in several processes: same weights, clear ends, handed-on signals."""
+"""Stages that a pipeline trains in several processes: same weights, clear ends, signals."""
 
 from __future__ import annotations
 
