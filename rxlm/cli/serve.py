@@ -210,6 +210,8 @@ def run(app: FastAPI, listener: socket.socket) -> None:
     """
     import uvicorn
 
+    from rxlm.serve.header_timeout import HeadTimeoutProtocol
+
     class Server(uvicorn.Server):
         """Ends on a signal as on any other end: with a status of the program's own."""
 
@@ -238,6 +240,7 @@ def run(app: FastAPI, listener: socket.socket) -> None:
         # Nobody in front of it is believed: the address of a caller decides nothing here.
         proxy_headers=False,
         ws="none",
+        http=HeadTimeoutProtocol,
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=65_536,
     )

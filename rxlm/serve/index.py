@@ -24,6 +24,7 @@ from typing import IO
 
 from rxlm.errors import RunError, UserError
 from rxlm.rxt.fingerprint import ModelFingerprint
+from rxlm.serve.interface import ClosedError
 
 STORE_FORMAT = "1"
 
@@ -115,9 +116,11 @@ class Index:
         """Give a connection in a transaction, committed at the end unless there is an error.
 
         Raises:
+            ClosedError: if it is closed.
             RunError: if the disk refuses; nothing was written then.
         """
         with self._write_lock:
+            self._check_open()
             try:
                 self._writer.execute("BEGIN IMMEDIATE")
                 try:
@@ -133,14 +136,24 @@ class Index:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
-        """Give a connection to read with."""
+        """Give a connection to read with.
+
+        Raises:
+            ClosedError: if it is closed.
+        """
         with self._read_lock:
+            self._check_open()
             yield self._reader
 
     def forget_deleted(self) -> None:
         """Take what was deleted out of the log as well."""
         with self._write_lock, self._read_lock:
+            self._check_open()
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _check_open(self) -> None:
+        if self._lock_file.closed:
+            raise ClosedError("the store of the conversations was closed.")
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)

@@ -17,6 +17,7 @@ import uvicorn
 
 from rxlm.rxt.models import RxTAlpha
 from rxlm.serve.app import create_app
+from rxlm.serve.header_timeout import HeadTimeoutProtocol
 from rxlm.serve.interface import ServeLimits
 from rxlm.serve.service import ConversationService
 from rxlm.serve.settings import ServerSettings
@@ -65,7 +66,9 @@ class Server:
         self._socket.bind(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(self.app, log_config=None, ws="none", timeout_keep_alive=5)
+        config = uvicorn.Config(
+            self.app, log_config=None, ws="none", timeout_keep_alive=5, http=HeadTimeoutProtocol
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
 

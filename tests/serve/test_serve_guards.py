@@ -15,6 +15,7 @@ import pytest
 
 from rxlm.errors import RunError
 from rxlm.rxt.models import RxTAlpha
+from rxlm.serve.header_timeout import HeadTimeoutProtocol
 from rxlm.serve.interface import QueueFullError, StateDamagedError
 from rxlm.serve.settings import is_loopback
 
@@ -121,6 +122,34 @@ def test_slow_bodies_and_half_requests(tiny: RxTAlpha, run_server: Any) -> None:
         assert b" 400 " in raw(server.port, b"\x00\x01\x02 nonsense\r\n\r\n").split(b"\r\n")[0]
         with server.client() as client:
             assert client.get("/health").is_success
+
+
+def test_half_a_head_is_not_waited_for(
+    tiny: RxTAlpha, run_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a connection held by who sends a head byte by byte, and one that is cut in use."""
+    monkeypatch.setattr(HeadTimeoutProtocol, "head_seconds", 0.6)
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    with run_server(tiny, None) as server:
+        for answers, pieces in ((0, [b""]), (0, [request]), (1, [request + b"\r\n", request])):
+            begin = time.monotonic()
+            answer = raw(server.port, *pieces, pause=0.2)
+            assert time.monotonic() - begin < 4.0, "well before the keep-alive of 5 seconds"
+            assert answer.count(b" 200 ") == answers
+        trickle = [request[at : at + 1] for at in range(len(request))]
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            assert not raw(server.port, *trickle, pause=0.05)
+        # A head in time is answered, however long the connection has been there by then.
+        ports = set()
+        with server.client() as client:
+            for _ in range(3):
+                with client.stream("GET", "/health") as reply:
+                    assert reply.is_success
+                    stream = reply.extensions["network_stream"]
+                    ports.add(stream.get_extra_info("client_addr")[1])
+                    reply.read()
+                time.sleep(0.4)
+        assert len(ports) == 1, "the connection was kept"
 
 
 @pytest.mark.parametrize(

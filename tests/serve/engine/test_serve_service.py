@@ -287,8 +287,9 @@ def test_closing_finishes_what_runs(open_service: Any, model: RxTAlpha) -> None:
     next(iter(handle.events()))
     service.close()
     assert handle.result(0).answer == model.session(seed=9).ask("Hello", settings=GREEDY)
-    with pytest.raises(ClosedError):
-        service.create()
+    for call in (service.create, lambda: service.turns(sid), service.sessions):
+        with pytest.raises(ClosedError):
+            call()
     again = open_service()
     assert [turn.turn_id for turn in again.turns(sid)] == [handle.turn_id]
 
