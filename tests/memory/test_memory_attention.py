@@ -264,7 +264,7 @@ def test_competing_slots_share_a_token_out(make_memory: Maker) -> None:
     memory = make_memory("self", write_competition=True, slot_identity=False)
     equal = memory.write_weights(slots[:, :, :1].expand_as(slots), states)
     torch.testing.assert_close(equal, torch.full_like(equal, 0.2))
-    assert (memory.write_weights(slots, states) - 0.2).abs().max() > 0.1
+    assert (memory.write_weights(slots, states) - 0.2).abs().max() > 0.01
     assert memory.write_attention.competition and not memory.mix_attention.competition
 
 
