@@ -261,11 +261,12 @@ def test_competing_slots_share_a_token_out(make_memory: Maker) -> None:
     """Catches a competition among tokens, or one that the mixing of slots takes part in: slots
     that ask for the same get equal shares of all tokens, whatever they ask for."""
     slots, states = random_turn()
-    memory = make_memory("self", write_competition=True, slot_identity=False)
+    memory = make_memory(write_competition=True, slot_identity=False)
     equal = memory.write_weights(slots[:, :, :1].expand_as(slots), states)
     torch.testing.assert_close(equal, torch.full_like(equal, 0.2))
     assert (memory.write_weights(slots, states) - 0.2).abs().max() > 0.01
-    assert memory.write_attention.competition and not memory.mix_attention.competition
+    mixing = make_memory("self", write_competition=True)
+    assert mixing.write_attention.competition and not mixing.mix_attention.competition
 
 
 def test_tokens_have_an_order(make_memory: Maker) -> None:
