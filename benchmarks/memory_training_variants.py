@@ -88,9 +88,9 @@ class Variant(NamedTuple):
 
 
 _MD_GDN = (
-    "decoder.self_att_type=md_gdn", "decoder.linear_attn_heads=2",
-    "decoder.linear_attn_expand_v=2.0", "decoder.linear_attn_key_dim=128",
-    "encoder.self_att_type=mha",
+    "decoder.self_att_type=hybrid", "decoder.attn_layer_types=[mha,md_gdn]",
+    "decoder.linear_attn_heads=2", "decoder.linear_attn_expand_v=2.0",
+    "decoder.linear_attn_key_dim=128", "encoder.self_att_type=mha", "encoder.attn_layer_types=null",
 )  # fmt: skip
 
 VARIANTS = (
@@ -110,7 +110,7 @@ VARIANTS = (
     Variant("blunt", "blunt writes: sharpness 1, not 3", memory=("write_sharpness=1.0",)),
     Variant(
         "delta",
-        "delta-style writes: an MD-GDN decoder that carries a state beside the slots",
+        "delta-style writes: a layer of MD-GDN carries a state beside the slots",
         network=_MD_GDN,
     ),
     Variant("by-turns", "4 turns first, then 6, by accuracy", phases=_by_turns),
