@@ -125,9 +125,7 @@ def verdict_table(results: Sequence[Result]) -> Table:
                 difference = f"{found.mean:+.1f}"
             if not math.isnan(found.low):
                 difference += f" ({found.low:+.1f} to {found.high:+.1f})"
-        body.append(
-            (f"`{name}`", group[0]["title"], spread(values), f"{len(group)}", difference, verdict)
-        )
+        body.append((name, group[0]["title"], spread(values), f"{len(group)}", difference, verdict))
     heads = ("", "what differs", "recall", "seeds", "difference to the recipe", "verdict")
     return Table("Recall by method", heads, body)
 
@@ -139,7 +137,7 @@ def figure_table(results: Sequence[Result]) -> Table:
     for name, group in by_variant(results).items():
         tokens = statistics.fmean(result["tokens"] for result in group) / 1e6
         shown = (spread([figure(result, key) for result in group]) for key in names)
-        body.append((f"`{name}`", *shown, f"{tokens:.2f}"))
+        body.append((name, *shown, f"{tokens:.2f}"))
     heads = ("", *(FIGURES[name][0] for name in names), "million tokens")
     return Table("All figures", heads, body)
 

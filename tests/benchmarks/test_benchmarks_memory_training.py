@@ -57,9 +57,9 @@ def test_verdicts_need_every_seed(script: ModuleType, tmp_path: Path) -> None:
     script.write_report(results, tmp_path, "the command")
     page = (tmp_path / "memory_training.md").read_text(encoding="utf-8")
     verdicts = {
-        line.split("`")[1]: line.split("|")[-2].strip()
-        for line in page.splitlines()
-        if line.startswith("| `") and line.count("|") == 7
+        cells[0].strip(): cells[5].strip()
+        for cells in (line.strip().strip("|").split("|") for line in page.splitlines())
+        if len(cells) == 6 and cells[0].strip() in script.BY_NAME
     }
     assert verdicts == {
         "recipe": "",
