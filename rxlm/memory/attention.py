@@ -69,18 +69,31 @@ class MemorySettings:
     slot_identity: bool = True
     copy_path_init: bool = True
     write_sharpness: float = 3.0
+    write_competition: bool = False
     rope_base: float = 10000.0
     eps: float = 1e-6
 
 
 class StackedAttention(nn.Module):
-    """Softmax attention of L layers at once: weights ``[L, in, out]``, inputs ``[L, B, ., D]``."""
+    """Softmax attention of L layers at once: weights ``[L, in, out]``, inputs ``[L, B, ., D]``.
+
+    With ``competition`` the queries share each token out among themselves (softmax over queries)
+    before each takes the mean of its shares: slot attention, arXiv 2006.15055, algorithm 1.
+    """
 
     def __init__(
-        self, num_layers: int, dim: int, heads: HeadSettings, *, sharpness: float, copy_path: bool
+        self,
+        num_layers: int,
+        dim: int,
+        heads: HeadSettings,
+        *,
+        sharpness: float,
+        copy_path: bool,
+        competition: bool = False,
     ) -> None:
         super().__init__()
         self.heads = heads
+        self.competition = competition
         kv_width = heads.num_key_value_heads * heads.head_dim
         self.query = _stacked(num_layers, dim, heads.num_heads * heads.head_dim, gain=sharpness)
         self.key = _stacked(num_layers, dim, kv_width)
@@ -114,12 +127,22 @@ class StackedAttention(nn.Module):
     def forward(self, x: Tensor, key_value: KeyValue, mask: Tensor | None) -> Tensor:
         """Attend from ``x`` ``[L, B, S, D]``; the mask is ``[B, 1, 1, P]`` bool or None."""
         num_layers, batch_size = x.shape[:2]
+        if self.competition:
+            return self._compete(x, key_value, mask)
         query = self._split(_layerwise(x, self.query), self.heads.num_heads)
         if mask is not None:
             mask = mask.repeat(num_layers, 1, 1, 1)
         dropout = self.heads.dropout if self.training else 0.0
         mixed = attend(query, key_value.key, key_value.value, mask, dropout=dropout).flatten(-2)
         return _layerwise(mixed.view(num_layers, batch_size, *mixed.shape[1:]), self.output)
+
+    def _compete(self, x: Tensor, key_value: KeyValue, mask: Tensor | None) -> Tensor:
+        keys, values = (part.unflatten(0, x.shape[:2]) for part in key_value)
+        weights = self.weights(x, keys, None if mask is None else mask[:, 0, 0])
+        weights = nn.functional.dropout(weights, self.heads.dropout, self.training)
+        values = values.repeat_interleave(weights.shape[2] // values.shape[3], dim=3)
+        mixed = torch.einsum("lbhsp,lbphk->lbshk", weights.to(values.dtype), values)
+        return _layerwise(mixed.flatten(-2), self.output)
 
     def weights(self, x: Tensor, keys: Tensor, key_mask: Tensor | None) -> Tensor:
         """Return the attention weights of :meth:`forward`, ``[L, B, max(H, G), S, P]``, fp32.
@@ -135,6 +158,9 @@ class StackedAttention(nn.Module):
         query = query.repeat_interleave(count // heads.num_heads, dim=3)
         keys = keys.repeat_interleave(count // heads.num_key_value_heads, dim=3)
         scores = torch.einsum("lbshk,lbphk->lbhsp", query, keys).float() * heads.head_dim**-0.5
+        if self.competition:
+            # Logarithms of the shares of a token: their softmax over tokens is shares / sum.
+            scores = scores.log_softmax(dim=-2)
         if key_mask is not None:
             # The lowest finite number, not -inf: a row without any key would be NaN.
             lowest = torch.finfo(torch.float32).min
@@ -174,6 +200,7 @@ class MemoryAttention(nn.Module):
             settings.write_heads,
             sharpness=settings.write_sharpness,
             copy_path=settings.copy_path_init,
+            competition=settings.write_competition,
         )
         self.gate = ResidualGate(num_layers, num_slots, dim, settings.gate, settings.eps)
         if settings.variant != "simple":

@@ -76,6 +76,7 @@ def memory_settings(config: MemoryAttentionConfig) -> MemorySettings:
         slot_identity=config.use_slot_identity,
         copy_path_init=config.copy_path_init,
         write_sharpness=config.write_sharpness,
+        write_competition=config.write_competition,
         rope_base=config.rope_base,
         eps=config.norm_eps,
     )

@@ -156,6 +156,9 @@ class MemoryAttentionConfig(Config):
     write_sharpness: PositiveNumber = 3.0
     """Factor on the initial query projection of the write: above one, a slot starts by choosing
     few tokens instead of averaging all. Not in the reference."""
+    write_competition: bool = False
+    """Whether the slots share out each token among themselves before each takes the mean of its
+    shares (slot attention), so that they write different things. Not in the reference."""
 
     debug_mode: bool = False
     """Accepted for compatibility; has no effect."""

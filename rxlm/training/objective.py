@@ -138,6 +138,10 @@ class Objective(abc.ABC):
             metrics: ``loss``, ``grad_norm`` and the metrics of the step.
         """
 
+    def left_out(self, step: int) -> Sequence[nn.Parameter]:
+        """Return the parameters that update ``step`` must not change, though others do."""
+        return ()
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know beyond the weights, as JSON values."""
         return {}

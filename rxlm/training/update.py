@@ -64,6 +64,7 @@ def run_update(
     num_targets, num_tokens = map(sum, zip(*world.gather(own_counts), strict=True))
     if num_targets == 0:
         return UpdateOutcome("no micro-batch had a target", {}, 0, num_tokens)
+    strategy.drop_gradients(strategy.objective.left_out(step))
     grad_norm = strategy.finish_gradient(num_targets)
     sums, norm = _weighted_sums([item for item in outputs if item.num_targets], grad_norm)
     means = _means(world.gather(sums))

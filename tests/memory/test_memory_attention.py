@@ -108,13 +108,14 @@ def test_projecting_ahead_equals_forward(pair: Any, make_memory: Maker) -> None:
         torch.testing.assert_close(ahead, one_by_one, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("competition", [False, True])
 @pytest.mark.parametrize("heads", [(2, 2), (2, 1), (1, 2)])
 def test_shown_weights_are_those_of_the_write(
-    heads: tuple[int, int], variant: str, make_memory: Maker
+    heads: tuple[int, int], variant: str, competition: bool, make_memory: Maker
 ) -> None:
     """Catches a picture of the write that is not what the kernel does: the weights must give the
     same memory, be zero on padding, and sum to one (equal ones where there is no token)."""
-    memory = make_memory(variant, heads=heads)
+    memory = make_memory(variant, heads=heads, write_competition=competition)
     slots, states = random_turn()
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[0, 1:3] = False
@@ -134,9 +135,10 @@ def test_shown_weights_are_those_of_the_write(
     assert torch.equal(empty, torch.full_like(empty, 0.2))
 
 
-def test_padding_changes_nothing(pair: Any, make_memory: Maker) -> None:
+@pytest.mark.parametrize("competition", [False, True])
+def test_padding_changes_nothing(pair: Any, competition: bool, make_memory: Maker) -> None:
     """Catches padded tokens that are read, counted as positions, or averaged over."""
-    memory = make_memory(*pair)
+    memory = make_memory(*pair, write_competition=competition)
     slots, states = random_turn()
     expected = memory(slots, states)
     for left, right in ((0, 0), (0, 3), (2, 0), (4, 1)):
@@ -147,10 +149,11 @@ def test_padding_changes_nothing(pair: Any, make_memory: Maker) -> None:
         torch.testing.assert_close(memory(slots, padded, mask), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_do_not_leak_into_each_other(pair: Any, make_memory: Maker) -> None:
+@pytest.mark.parametrize("competition", [False, True])
+def test_rows_do_not_leak_into_each_other(pair: Any, competition: bool, make_memory: Maker) -> None:
     """Catches statistics over the batch and layers mistaken for rows: one conversation's memory
     must be the same whoever shares its batch."""
-    memory = make_memory(*pair)
+    memory = make_memory(*pair, write_competition=competition)
     slots, states = random_turn(batch_size=3)
     mask = torch.ones(3, 5, dtype=torch.bool)
     mask[0, 3:] = False
@@ -167,10 +170,13 @@ def test_rows_do_not_leak_into_each_other(pair: Any, make_memory: Maker) -> None
         assert gradient[:, 1].abs().max() > 0
 
 
-def test_a_row_without_tokens_keeps_its_memory(pair: Any, make_memory: Maker) -> None:
+@pytest.mark.parametrize("competition", [False, True])
+def test_a_row_without_tokens_keeps_its_memory(
+    pair: Any, competition: bool, make_memory: Maker
+) -> None:
     """Catches a dialogue that ended earlier than its batch being rewritten by empty turns, and
     NaN gradients from a softmax over nothing."""
-    memory = make_memory(*pair)
+    memory = make_memory(*pair, write_competition=competition)
     slots, states = random_turn()
     slots.requires_grad_()
     mask = torch.zeros(2, 5, dtype=torch.bool)
@@ -251,6 +257,18 @@ def test_groups_between_all_and_none(make_memory: Maker) -> None:
     torch.testing.assert_close(alone(slots, states), themselves(slots, states))
 
 
+def test_competing_slots_share_a_token_out(make_memory: Maker) -> None:
+    """Catches a competition among tokens, or one that the mixing of slots takes part in: slots
+    that ask for the same get equal shares of all tokens, whatever they ask for."""
+    slots, states = random_turn()
+    memory = make_memory(write_competition=True, slot_identity=False)
+    equal = memory.write_weights(slots[:, :, :1].expand_as(slots), states)
+    torch.testing.assert_close(equal, torch.full_like(equal, 0.2))
+    assert (memory.write_weights(slots, states) - 0.2).abs().max() > 0.01
+    mixing = make_memory("self", write_competition=True)
+    assert mixing.write_attention.competition and not mixing.mix_attention.competition
+
+
 def test_tokens_have_an_order(make_memory: Maker) -> None:
     """Catches a write without positions, to which "Ann called Ben" and "Ben called Ann" are the
     same; the order counts real tokens only."""
@@ -314,11 +332,12 @@ def test_without_a_gate_the_memory_grows(make_memory: Maker) -> None:
     assert slots.abs().max() > 3 * start
 
 
+@pytest.mark.parametrize("competition", [False, True])
 @pytest.mark.parametrize("under_autocast", [False, True])
-def test_bf16(pair: Any, under_autocast: bool, make_memory: Maker) -> None:
+def test_bf16(pair: Any, under_autocast: bool, competition: bool, make_memory: Maker) -> None:
     """Catches an operation that refuses mixed types, non-finite gradients, and a memory that
     silently becomes bf16 under autocast, where small writes round to nothing."""
-    memory = make_memory(*pair)
+    memory = make_memory(*pair, write_competition=competition)
     slots, states = random_turn()
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[1] = False

@@ -58,7 +58,11 @@ def attended(
         if rope_base is not None:
             k = rotated(k, rope_base)
         scores = (query[:, q_at : q_at + width] @ k.T) / width**0.5
-        outputs.append(torch.softmax(scores, dim=-1) @ value[:, k_at : k_at + width])
+        weights = torch.softmax(scores, dim=-1)
+        if attention.competition:
+            shares = [column.exp() / column.exp().sum() for column in scores.T]
+            weights = torch.stack([row / row.sum() for row in torch.stack(shares, dim=1)])
+        outputs.append(weights @ value[:, k_at : k_at + width])
     return torch.cat(outputs, dim=-1) @ attention.output[layer].double()
 
 
@@ -147,7 +151,7 @@ def written_out(memory: MemoryAttention, slots: Tensor, states: Tensor, key_mask
     tanh=st.booleans(),
     heads=st.sampled_from([(2, 2), (2, 1), (1, 2), (4, 2)]),
     mix_heads=st.sampled_from([(2, 2), (2, 1), (1, 1)]),
-    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
     seed=st.integers(0, 999),
 )
 def test_equals_the_equations(
@@ -159,20 +163,21 @@ def test_equals_the_equations(
     tanh: bool,
     heads: tuple[int, int],
     mix_heads: tuple[int, int],
-    flags: tuple[bool, bool, bool],
+    flags: tuple[bool, bool, bool, bool],
     seed: int,
 ) -> None:
     """Catches stacked layers that mix (weights of one layer on the slots of another), a wrong
-    head grouping, order of steps, norm, gate, rotation or mask; in results and in gradients."""
+    head grouping, order of steps, norm, gate, rotation or mask, shares of the wrong side of the
+    competition; in results and in gradients."""
     if gate_type == "off":
         gate = GateSettings(enabled=False)
     else:
         gate = GateSettings(gate_type=gate_type, per_slot=per_slot, tanh=tanh)
-    identity, copy_path, per_dim = flags
+    identity, copy_path, per_dim, competition = flags
     memory = make_memory(
         variant, norm_type, gate, seed=seed, heads=heads, mix_heads=mix_heads,
         slot_identity=identity, copy_path_init=copy_path, norm_per_dim_scale=per_dim,
-        rope_base=100.0,
+        rope_base=100.0, write_competition=competition,
     )  # fmt: skip
     slots, states = torch.randn(4, 2, 3, 8), torch.randn(4, 2, 3, 8) * 3
     key_mask = torch.rand(2, 3) < 0.6

@@ -431,7 +431,7 @@ def test_memory_settings_arrive() -> None:
             "norm_decay": 0.5, "use_tanh_residual_gate": True, "residual_gate_type": "elementwise",
             "residual_gate_init": -0.5, "residual_per_slot_gate": False, "init_type": "uniform",
             "use_gate_for_self_attention": False, "use_slot_identity": False, "rope_base": 50.0,
-            "write_sharpness": 2.0, "copy_path_init": False,
+            "write_sharpness": 2.0, "copy_path_init": False, "write_competition": True,
         }
     ).settings  # fmt: skip
     assert (memory.write_heads.num_heads, memory.write_heads.num_key_value_heads) == (4, 1)
@@ -446,6 +446,7 @@ def test_memory_settings_arrive() -> None:
         "uniform", False, False,
     )  # fmt: skip
     assert (memory.rope_base, memory.write_sharpness, memory.num_slots) == (50.0, 2.0, 3)
+    assert memory.write_competition
     replaced = build_memory_attention({**SIZES, "variant": "simple", "disable_residual": True})
     assert not replaced.settings.gate.residual
     grouped = build_memory_attention(

@@ -74,6 +74,7 @@ MEMORY_DEFAULTS: dict[str, Any] = {
     "residual_gate_type": "linear", "residual_gate_init": -1.5,
     "use_gate_for_self_attention": True, "init_type": "learned", "init_std": 0.1,
     "use_slot_identity": True, "copy_path_init": True, "write_sharpness": 3.0, "norm_eps": 1e-6,
+    "write_competition": False,
 }  # fmt: skip
 
 LINEAR_ATTENTION_PAGE: dict[str, Any] = {
@@ -620,6 +621,7 @@ def test_fingerprint_ignores_what_leaves_the_function_unchanged(fields: dict[str
         {"encoder": {"ff_dim": 64}},
         {"memory_attention": {"variant": "simple"}},
         {"memory_attention": {"init_type": "zeros"}},
+        {"memory_attention": {"write_competition": True}},
         {"tokenizer": {"unk_token_id": None}},
     ],
 )

@@ -119,6 +119,17 @@ class Strategy:
             self._masters.take_gradients()
         return output
 
+    def drop_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Leave parameters out of this update: without a gradient, neither moments nor weight decay
+        move them. Called in every process, after the last micro-batch.
+
+        Raises:
+            UserError: when the strategy cannot do that.
+        """
+        for param in parameters:
+            optimized = param if self._masters is None else self._masters.of(param)
+            optimized.grad = None
+
     def finish_gradient(self, num_targets: int) -> Tensor:
         """Make the gradient that of the mean over the targets of all processes, and clip it.
 

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,14 @@ class ZeRO(Strategy):
         if not is_last:
             self._engine.step()  # counts the micro-batch; the weights wait for the last one
         return output
+
+    def drop_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """As :meth:`Strategy.drop_gradients`; DeepSpeed moves all parameters or none."""
+        if parameters:
+            raise UserError(
+                "strategy=deepspeed: an update changes all parameters, but a phase trains only "
+                "some of them. Leave `trains` out of objective.phases, or use strategy=ddp."
+            )
 
     def finish_gradient(self, num_targets: int) -> Tensor:
         """Make the step as well: DeepSpeed does both at once, and skips bad gradients itself."""

@@ -10,9 +10,12 @@ import math
 from collections.abc import Iterator
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rxlm.configuration import Config
+
+Part = Literal["encoder", "decoder", "memory_attention"]
+"""A part of the model that a phase can train."""
 
 
 class TurnsPhase(Config):
@@ -36,6 +39,20 @@ class Phase(TurnsPhase):
     reads: Literal["memory", "history"] = "memory"
     """What answers are read from: the memory, or the raw encoder states of all earlier turns
     (oracle warm-up: learns to encode, look up and copy before learning to write)."""
+    trains: tuple[Part, ...] = ("encoder", "decoder", "memory_attention")
+    """The parts that change in this phase (an order of unfreezing); the others stay as they are,
+    bit for bit. The token embedding changes if encoder or decoder does."""
+
+    @model_validator(mode="after")
+    def _check_trains(self) -> Phase:
+        if not self.trains or len(set(self.trains)) < len(self.trains):
+            raise ValueError(f"trains={list(self.trains)}: name at least one part, each once")
+        if self.reads == "history" and self.trains == ("memory_attention",):
+            raise ValueError(
+                "reads=history with trains=[memory_attention]: what reads the history does not "
+                "use the memory, so nothing would change; use reads=memory, or train other parts"
+            )
+        return self
 
 
 PhaseType = TypeVar("PhaseType", bound=TurnsPhase)

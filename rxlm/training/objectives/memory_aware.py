@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from rxlm.configuration import Config
 from rxlm.data.conversations import Conversation, ConversationSource
@@ -34,6 +34,7 @@ from rxlm.rxt.dialogues import (
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.rxt.unroll import (
     Answers,
+    EncodedTurns,
     answer_with_history,
     answer_with_memory,
     encode_turns,
@@ -66,6 +67,10 @@ class MemoryAwareSettings(Config):
     chat_answers: float = 0.2
     """Share of the turns without a question whose answers are predicted. The rest is only
     written: most of the signal is in the questions. Data without questions predicts all."""
+    distillation: float = Field(default=0.0, ge=0)
+    """Weight of the divergence, at every target, of the answers read from memory from those of the
+    same model reading the history, as it is now; costs a second decoding. Not in phases that read
+    the history."""
     moe_aux_loss_scale: float = Field(default=0.01, ge=0)
     """Weight of what keeps experts evenly used, if the model has experts."""
     num_buckets: int = 3
@@ -164,9 +169,10 @@ class MemoryAwareObjective(ModelObjective):
 
     def loss(self, batch: DialogueBatch, step: int) -> StepOutput:
         """Return the mean cross-entropy over target tokens."""
-        _, phase = self.curriculum.phase(step)
+        index, phase = self.curriculum.phase(step)
         with record_routing() as routing:
-            answers = self._answers(batch, phase)
+            encoded = encode_turns(self.model.encoder, batch)
+            answers = self._answers(batch, phase, encoded)
         if not answers:
             # Small talk only, none of it drawn: nothing to learn, but a graph to go backward in.
             nothing = self.model.encoder.embedding.weight.sum() * 0.0
@@ -174,7 +180,7 @@ class MemoryAwareObjective(ModelObjective):
         logits = torch.cat([item.logits for item in answers])
         labels = torch.cat([item.labels for item in answers])
         loss = torch.nn.functional.cross_entropy(logits.float(), labels)
-        metrics: dict[str, Tensor | float] = {"phase": float(self.curriculum.phase(step)[0])}
+        metrics: dict[str, Tensor | float] = {"phase": float(index)}
         with torch.no_grad():
             exact, group = _exact_and_group(answers)
             asked = group != GROUPS.index("chat") if self.train_source.has_probes else group >= 0
@@ -182,12 +188,15 @@ class MemoryAwareObjective(ModelObjective):
             metrics["accuracy"] = exact[asked].float().mean() if num_asked else math.nan
             metrics["perplexity"] = loss.detach().exp()
         weights = {"accuracy": num_asked}
+        if self.settings.distillation and phase.reads == "memory":
+            divergence = _divergence(logits, self._oracle_logits(batch, encoded))
+            metrics["distillation"] = divergence.detach()
+            loss = loss + self.settings.distillation * divergence
         loss, experts = with_balance(loss, routing, self.settings.moe_aux_loss_scale)
         metrics.update(experts)
         return StepOutput(loss, labels.numel(), metrics, batch.num_tokens, weights)
 
-    def _answers(self, batch: DialogueBatch, phase: Phase) -> list[Answers]:
-        encoded = encode_turns(self.model.encoder, batch)
+    def _answers(self, batch: DialogueBatch, phase: Phase, encoded: EncodedTurns) -> list[Answers]:
         if phase.reads == "history":
             return answer_with_history(
                 self.model.decoder,
@@ -212,6 +221,20 @@ class MemoryAwareObjective(ModelObjective):
             self.checkpoint_turns,
         )
 
+    @torch.no_grad()
+    def _oracle_logits(self, batch: DialogueBatch, encoded: EncodedTurns) -> Tensor:
+        """Return what the model predicts from the history; rows are those of the answers."""
+        answers = answer_with_history(self.model.decoder, batch, encoded)
+        return torch.cat([item.logits for item in answers])
+
+    def left_out(self, step: int) -> list[nn.Parameter]:
+        """Return the parameters of the parts that the phase does not train."""
+        _, phase = self.curriculum.phase(step)
+        trained = {
+            id(item) for part in phase.trains for item in getattr(self.model, part).parameters()
+        }
+        return [item for item in self.model.parameters() if id(item) not in trained]
+
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Let the curriculum see the accuracy of the step."""
         self.curriculum.observe(step, metrics.get("accuracy"))
@@ -229,7 +252,8 @@ class MemoryAwareObjective(ModelObjective):
                 for position in range(first, min(first + phase.dialogues, total))
             ]
             batch = self._batch(self.valid_source, conversations, first, chat_answers=1.0)
-            answers = self._answers(self.to_device(batch), phase)
+            batch = self.to_device(batch)
+            answers = self._answers(batch, phase, encode_turns(self.model.encoder, batch))
             for item in answers:
                 losses += torch.nn.functional.cross_entropy(
                     item.logits.float(), item.labels, reduction="sum"
@@ -269,6 +293,16 @@ class MemoryAwareObjective(ModelObjective):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the curriculum."""
         self.curriculum.load_state_dict(state["curriculum"])
+
+
+def _divergence(logits: Tensor, oracle: Tensor) -> Tensor:
+    """Return KL(oracle || read from memory), the mean over targets; both ``[M, V]``."""
+    return torch.nn.functional.kl_div(
+        logits.float().log_softmax(dim=-1),
+        oracle.float().log_softmax(dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
 
 
 def _exact_and_group(answers: list[Answers]) -> tuple[Tensor, Tensor]:

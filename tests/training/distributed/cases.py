@@ -67,6 +67,18 @@ STAGES: dict[str, tuple[type, Any]] = {
             validation_dialogues=2,
         ),
     ),
+    # The second step leaves parts as they are, of which there are moments. (ZeRO cannot.)
+    "thawing": (
+        MemoryAwareObjective,
+        MemoryAwareSettings(
+            phases=(
+                Phase(turns=2, dialogues=3, steps=1),
+                Phase(turns=3, dialogues=3, trains=("encoder", "decoder")),
+            ),
+            distillation=0.5,
+            validation_dialogues=2,
+        ),
+    ),
     # The second step trains on the episodes that each process has sampled in the first.
     "memory_reinforcement": (
         MemoryReinforcementObjective,
@@ -85,7 +97,7 @@ STAGES: dict[str, tuple[type, Any]] = {
         PreferenceSettings(turns=5, dialogues=3, validation_dialogues=2),
     ),
 }
-DDP_ONLY = ("curriculum", "memory_reinforcement", "preference")
+DDP_ONLY = ("curriculum", "thawing", "memory_reinforcement", "preference")
 KINDS = ("gla", "deltanet", "gated_deltanet", "kda", "md_gdn")
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
