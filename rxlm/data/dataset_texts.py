@@ -163,8 +163,8 @@ def _rows(path: str, split: str, start: int = 0) -> Iterator[dict[str, Any]]:
             rows = rows.skip(start) if start else rows
         else:
             loaded = datasets.load_from_disk(path)
-            rows = loaded[split] if isinstance(loaded, dict) else loaded
-            rows = (rows[number] for number in range(start, len(rows))) if start else rows
+            table = loaded[split] if isinstance(loaded, dict) else loaded
+            rows = (table[number] for number in range(start, len(table))) if start else table
         yield from rows
     except KeyError as error:
         raise UserError(f"{path}: has no split {error}. Set data.text_split.") from error
