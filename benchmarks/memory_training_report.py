@@ -156,7 +156,7 @@ def page(results: Sequence[Result], command: str) -> str:
         f"LM {budget['joint']}, SFT {budget['sft']}, memory pretraining {budget['pretraining']}, "
         f"then memory-aware training, {budget['history']} updates reading the history (4 turns x "
         f"16 dialogues) and {budget['memory']} reading the memory (6 turns x 8 dialogues). That is "
-        "a seventh of the recipe's own length: methods that pay late do not show here. A seed sets "
+        "a tenth of the recipe's own length: methods that pay late do not show here. A seed sets "
         "new weights, dropout and training dialogues. Stages before memory pretraining are shared "
         "by all rows of a seed (an MD-GDN decoder has its own).",
         markdown_table(verdict_table(results)),

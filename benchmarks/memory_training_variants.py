@@ -25,10 +25,10 @@ class Budget(NamedTuple):
     """Updates of each stage; those of the last are `history` + `memory`."""
 
     joint: int = 120
-    sft: int = 200
+    sft: int = 150
     pretraining: int = 60
-    history: int = 200
-    memory: int = 700
+    history: int = 150
+    memory: int = 500
 
 
 QUICK = Budget(joint=2, sft=2, pretraining=2, history=2, memory=7)
