@@ -17,6 +17,7 @@ import torch
 
 from rxlm.errors import RunError, UserError
 from rxlm.training.checkpoint import Score, find_latest
+from rxlm.training.compilation import uncompiled
 from rxlm.training.device import autocast
 from rxlm.training.metrics import MetricSinks, MetricWindow
 from rxlm.training.optim import set_learning_rate
@@ -189,6 +190,7 @@ class TrainingLoop:
             torch.no_grad(),
             autocast(parts.device, settings.precision),
             parts.strategy.whole_weights(),
+            uncompiled(),
         ):
             metrics = {name: float(value) for name, value in parts.objective.validate().items()}
             watched = parts.objective.watch(settings.watch)

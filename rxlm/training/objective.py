@@ -212,6 +212,10 @@ class Objective(abc.ABC):
                 f"gradient_checkpointing: stage {self.name} does not offer it; set it to none."
             )
 
+    def layers(self) -> Sequence[nn.Module]:
+        """Return the modules that `train.compile` translates; none: the stage does not offer it."""
+        return ()
+
     def set_training_mode(self) -> None:
         """Put the modules into the mode in which they train (default: all in training mode)."""
         self.trained_modules().train()

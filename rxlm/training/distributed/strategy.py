@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rxlm.training.compilation import compile_layers
 from rxlm.training.device import autocast
 from rxlm.training.distributed.world import World
 from rxlm.training.master_weights import MasterWeights, broadcast, mean_gradients
@@ -61,6 +62,8 @@ def put_on_device(
         layers=settings.gradient_checkpointing in ("layers", "both"),
         turns=settings.gradient_checkpointing in ("turns", "both"),
     )
+    if settings.compile:
+        compile_layers(objective)
     module = objective.trained_modules().to(device)
     masters = MasterWeights(module) if settings.precision == "bf16_pure" else None
     groups = objective.parameter_groups(settings)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rxlm.errors import UserError
 from rxlm.rxt.dialogues import DialogueBatch
@@ -98,6 +98,10 @@ class FrozenPolicyObjective(ModelObjective):
     def set_training_mode(self) -> None:
         """Put everything into evaluation mode: a policy without dropout is what is improved."""
         self._trained.eval()
+
+    def layers(self) -> list[nn.Module]:
+        """Return none: a policy that writes its own answers runs in ever new shapes."""
+        return []
 
     def set_gradient_checkpointing(self, *, layers: bool, turns: bool) -> None:
         """Set it for turns.

@@ -179,6 +179,10 @@ class LMObjective(Objective):
         """Return the model."""
         return self.model
 
+    def layers(self) -> list[nn.Module]:
+        """Return the layers of the model."""
+        return list(self.model.layers)
+
     def batch(self, step: int, micro_step: int) -> list[LMRows]:
         """Return the rows of a micro-batch: a pure function of the data seed and the position."""
         size = self.settings.batch_size

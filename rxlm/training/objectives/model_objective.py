@@ -93,6 +93,10 @@ class ModelObjective(Objective):
             component.checkpoint_layers = layers
         self.checkpoint_turns = turns
 
+    def layers(self) -> list[nn.Module]:
+        """Return the layers of encoder and decoder."""
+        return [*self.model.encoder.all_layers, *self.model.decoder.all_layers]
+
     def share_of(self, num_dialogues: int, rank: int, size: int) -> range:
         """Return which of the dialogues of a micro-batch process ``rank`` of ``size`` takes.
 

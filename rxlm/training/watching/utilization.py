@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from rxlm.training.compilation import uncompiled
 from rxlm.training.device import autocast, move_to_device
 from rxlm.training.distributed.strategy import Strategy
 from rxlm.training.objective import Objective
@@ -228,6 +229,7 @@ def count_forward(
             isolated_random_state(0),
             torch.no_grad(),
             autocast(device, precision),
+            uncompiled(),
             counter,
         ):
             output = objective.loss(move_to_device(batch, device), step)
