@@ -8,6 +8,7 @@ Every variant is the nano recipe with one thing changed, trained with the same n
 and several seeds, and measured on dialogues of the test split. Stages that do not use memory
 attention are trained once a seed. Finished trainings are kept in --work, unfinished ones go on
 from their last checkpoint; several processes may share the folder, each takes what no other is at.
+Results that the page in --out holds already are taken from there.
 Writes memory_training.md, .json and .png from what is finished. Linux and macOS.
 """
 
@@ -127,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         variants = chosen_variants(options.variants)
+        adopt(options)
         if not options.report:
             run_all(variants, options)
         results = finished(options)
@@ -228,6 +230,7 @@ def run_one(
     settings = RECALL.model_copy(update={"dialogues": 4}) if options.quick else RECALL
     recall = evaluate_recall(model, settings)
     return {
+        "name": name,
         "variant": variant.name,
         "title": variant.title,
         "seed": seed,
@@ -284,6 +287,21 @@ def save_result(work: Path, name: str, result: dict[str, Any]) -> None:
     path = result_file(work, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result) + "\n")
+
+
+def adopt(options: argparse.Namespace) -> None:
+    """Keep the results of the written page as if they had been made in this work folder."""
+    page = options.out / "memory_training.json"
+    if not page.exists():
+        return
+    for result in json.loads(page.read_text(encoding="utf-8"))["results"]:
+        variant = BY_NAME.get(result["variant"])
+        if variant is None or result["budget"] != options.budget._asdict():
+            continue
+        name = f"{variant.name}-s{result['seed']}-{key_of(variant, result['seed'], options.budget)}"
+        # Of another version of the recipes, it is not a result of this variant.
+        if result["name"] == name and not result_file(options.work, name).exists():
+            save_result(options.work, name, result)
 
 
 def finished(options: argparse.Namespace) -> list[dict[str, Any]]:

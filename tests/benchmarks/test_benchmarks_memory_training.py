@@ -88,6 +88,20 @@ def test_variants_change_one_thing_at_one_budget(script: ModuleType) -> None:
         assert same == (not variant.network), variant.name
 
 
+def test_a_committed_page_is_gone_on_from(script: ModuleType, tmp_path: Path) -> None:
+    """Catches results that are made again, or taken over from another recipe or budget."""
+    out, work = tmp_path / "out", tmp_path / "work"
+    name = f"recipe-s0-{script.key_of(script.BY_NAME['recipe'], 0, script.Budget())}"
+    own = {**result(script, "recipe", 0, 70), "name": name}
+    foreign = {**result(script, "recipe", 1, 70), "name": "recipe-s1-of-another-recipe"}
+    short = {**result(script, "recipe", 2, 70), "budget": script.QUICK._asdict(), "name": "x"}
+    script.write_report([own, foreign, short], out, "the command")
+    words = ["--report", "--out", str(out), "--work", str(work)]
+    assert script.main(words) == 0
+    assert [path.name for path in (work / "results").iterdir()] == [f"{name}.json"]
+    assert len(json.loads((out / "memory_training.json").read_text())["results"]) == 1
+
+
 def test_a_variant_that_does_not_exist(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
