@@ -33,6 +33,11 @@ class Interval(NamedTuple):
     high: float
 
 
+NEGLIGIBLE = 0.05
+"""How far from a whole exponent nobody cares: bytes that are counted fit a line so closely that an
+exponent of 0.99 with its interval of 0.99 to 1.00 would not pass for linear."""
+
+
 class Slope(NamedTuple):
     """An exponent p of ``value ~ length**p``."""
 
@@ -47,11 +52,12 @@ class Slope(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """``constant``, ``linear`` or ``quadratic`` if the interval holds 0, 1 or 2 and reaches no
-        further than half way to the next; otherwise the exponent, or ``undecided``."""
+        """``constant``, ``linear`` or ``quadratic`` if the interval comes within
+        :data:`NEGLIGIBLE` of 0, 1 or 2 and reaches no further than half way to the next; otherwise
+        the exponent, or ``undecided``."""
         for name, exponent in (("constant", 0.0), ("linear", 1.0), ("quadratic", 2.0)):
             inside = exponent - 0.5 < self.low and self.high < exponent + 0.5
-            if inside and self.low <= exponent <= self.high:
+            if inside and self.low - NEGLIGIBLE <= exponent <= self.high + NEGLIGIBLE:
                 return name
         return "undecided" if self.high - self.low > 0.5 else f"exponent {self.slope:.2f}"
 

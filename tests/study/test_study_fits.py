@@ -7,7 +7,7 @@ import random
 import pytest
 
 from rxlm.study.claims import Share, _compared
-from rxlm.study.fits import find_crossover, fit_slope, median_interval, ratio_interval
+from rxlm.study.fits import Slope, find_crossover, fit_slope, median_interval, ratio_interval
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 
@@ -74,3 +74,21 @@ def test_orders_are_called_by_their_intervals() -> None:
     tie = _compared("a", "t", Share(99.8, 99.5, 99.9), Share(99.9, 99.6, 100.0))
     assert tie.verdict == "not testable here"
     assert _compared("a", "t", None, low).verdict == "not testable here"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.985, 0.995, "linear"),  # so exact that the interval misses 1
+        (0.85, 0.9, "exponent 0.88"),
+        (0.4, 1.2, "undecided"),
+        (1.8, 1.97, "quadratic"),
+        (1.4, 1.6, "exponent 1.50"),
+    ],
+)
+def test_verdict_of_an_interval(low: float, high: float, verdict: str) -> None:
+    """Catches a measurement that is not called linear because it is too exact, or a loose one that
+    is."""
+    middle = (low + high) / 2
+    slope = Slope(middle, low, high, 1.0, middle, middle, 5)
+    assert slope.verdict == verdict
