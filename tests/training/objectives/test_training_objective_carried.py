@@ -147,7 +147,8 @@ def test_probes_start_from_the_state_at_their_place(tiny: Any) -> None:
     model = carrying(tiny, LAYOUTS["add"])
     objective = objective_of(tiny, model, probes=3)
     batch = objective.batch(1, 0)
-    answers = objective._answers(batch, objective.settings.phases[0])
+    encoded = encode_turns(model.encoder, batch)
+    answers = objective._answers(batch, objective.settings.phases[0], encoded)
     conversations = [tiny.source().sample(2 + b, 4) for b in range(2)]
     num_probes = 0
     for item, rows in zip(answers, batch.answer, strict=True):
