@@ -134,8 +134,9 @@ class _Drawing:
                     [row["seq_len"] for row in own], [row[column] for row in own], marker="o",
                     markersize=3, color=self.colour(name), label=title(name),
                 )  # fmt: skip
-            axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-            _ticks(axes, rows)
+            axes.set(xlabel="tokens", ylabel=label)
+            if _scale(axes):
+                _ticks(axes, rows)
         self._legend(panels[-1])
         return figure
 
@@ -250,7 +251,8 @@ class _Drawing:
                     [row["non_embedding"] for row in own], [row[column] for row in own],
                     marker="o", markersize=3, color=self.colour(name), label=title(name),
                 )  # fmt: skip
-            axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel=label)
+            axes.set(xlabel="parameters", ylabel=label)
+            _scale(axes)
         self._legend(panels[-1])
         return figure
 
@@ -288,6 +290,16 @@ def _line(axes: Axes, rows: Sequence[Row], colour: str, label: str) -> None:
         lengths, [row["ci_low_ms"] for row in rows], [row["ci_high_ms"] for row in rows],
         color=colour, alpha=0.15, linewidth=0,
     )  # fmt: skip
+
+
+def _scale(axes: Axes) -> bool:
+    """Scale both axes by logarithms; where nothing was drawn, say so, for an empty logarithmic axis
+    cannot be drawn. Returns whether there is anything."""
+    if any(line.get_path().vertices.size for line in axes.get_lines()):
+        axes.set(xscale="log", yscale="log")
+        return True
+    axes.text(0.5, 0.5, "too little to be seen", transform=axes.transAxes, ha="center", color=GREY)
+    return False
 
 
 def _ticks(axes: Axes, rows: Sequence[Row]) -> None:
