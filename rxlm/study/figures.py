@@ -295,7 +295,7 @@ def _line(axes: Axes, rows: Sequence[Row], colour: str, label: str) -> None:
 def _scale(axes: Axes) -> bool:
     """Scale both axes by logarithms; where nothing was drawn, say so, for an empty logarithmic axis
     cannot be drawn. Returns whether there is anything."""
-    if any(line.get_path().vertices.size for line in axes.get_lines()):
+    if any(len(line.get_path()) for line in axes.get_lines()):
         axes.set(xscale="log", yscale="log")
         return True
     axes.text(0.5, 0.5, "too little to be seen", transform=axes.transAxes, ha="center", color=GREY)
