@@ -55,9 +55,8 @@ def claims_of(store: ResultStore, settings: StudySettings) -> list[Claim]:
 def claims_table(claims: Sequence[Claim]) -> Table:
     """Return the table of claims."""
     note = (
-        "Intervals are 95 %. A slope counts as linear if its interval comes within 0.05 of 1 and "
-        "lies between 0.5 and 1.5, as quadratic if it comes within 0.05 of 2 and lies between 1.5 "
-        "and 2.5."
+        "Intervals are 95 %. A slope counts as linear if its interval holds 1 and lies between "
+        "0.5 and 1.5, or lies wholly between 0.95 and 1.05; as quadratic likewise around 2."
     )
     return Table("Claims", ("claim", "test", "effect", "verdict"), list(claims), note, prose=True)
 

@@ -52,12 +52,13 @@ class Slope(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """``constant``, ``linear`` or ``quadratic`` if the interval comes within
-        :data:`NEGLIGIBLE` of 0, 1 or 2 and reaches no further than half way to the next; otherwise
+        """``constant``, ``linear`` or ``quadratic`` if the interval holds 0, 1 or 2 and reaches no
+        further than half way to the next, or lies wholly within :data:`NEGLIGIBLE` of it; otherwise
         the exponent, or ``undecided``."""
         for name, exponent in (("constant", 0.0), ("linear", 1.0), ("quadratic", 2.0)):
             inside = exponent - 0.5 < self.low and self.high < exponent + 0.5
-            if inside and self.low - NEGLIGIBLE <= exponent <= self.high + NEGLIGIBLE:
+            furthest = max(abs(self.low - exponent), abs(self.high - exponent))
+            if furthest <= NEGLIGIBLE or (inside and self.low <= exponent <= self.high):
                 return name
         return "undecided" if self.high - self.low > 0.5 else f"exponent {self.slope:.2f}"
 

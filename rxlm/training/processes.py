@@ -8,18 +8,14 @@ machines, which ``torchrun`` is started on by hand.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from rxlm.errors import RunError, UserError
 from rxlm.training.recipes import StageFile
 from rxlm.training.run_folder import read_status
-from rxlm.training.signals import STOP_SIGNALS
+from rxlm.training.signals import StopRequest
 from rxlm.training.stage import StageResult
 
 
@@ -49,7 +45,9 @@ def command_of(stage: StageFile, folder: Path, count: int) -> list[str]:
 def run_stage_in_processes(stage: StageFile, folder: Path, count: int) -> StageResult:
     """Train one stage into ``folder`` in ``count`` processes, or go on with what is there.
 
-    SIGINT and SIGTERM are handed on: the processes save at the next step boundary and end.
+    SIGINT and SIGTERM are handed on: the processes save at the next step boundary and end. A step
+    that takes longer than the 30 seconds that torchrun waits is lost, back to the last checkpoint.
+    After a second Ctrl-C nobody waits for them here.
 
     Args:
         stage: the recipe; not of stage ``tokenizer``.
@@ -64,15 +62,19 @@ def run_stage_in_processes(stage: StageFile, folder: Path, count: int) -> StageR
     environment.setdefault("OMP_NUM_THREADS", "1")
     # A session of its own: Ctrl-C must reach the processes once, not once from the terminal and
     # once from the launcher, for the second one means "stop without saving".
-    process = subprocess.Popen(
-        command_of(stage, folder, count), env=environment, start_new_session=True
-    )
-    with _handing_on(process) as received:
-        status = process.wait()
+    with StopRequest() as stop:
+        launcher = subprocess.Popen(
+            command_of(stage, folder, count), env=environment, start_new_session=True
+        )
+        is_asked = False
+        while (status := _status_of(launcher)) is None:
+            if stop.signal is not None and not is_asked:
+                launcher.terminate()
+                is_asked = True
     record = read_status(folder)
-    if record is not None and record.status == "interrupted" and received:
+    if record is not None and record.status == "interrupted" and stop.signal is not None:
         return StageResult(
-            stage.name, folder, record.status, record.metrics, record.seconds, signal=received[0]
+            stage.name, folder, record.status, record.metrics, record.seconds, signal=stop.signal
         )
     if status != 0 or record is None:
         raise RunError(
@@ -82,21 +84,9 @@ def run_stage_in_processes(stage: StageFile, folder: Path, count: int) -> StageR
     return StageResult(stage.name, folder, record.status, record.metrics, record.seconds)
 
 
-@contextmanager
-def _handing_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Send SIGTERM to a process when this one is asked to stop; yield the signals received."""
-    received: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:
-            process.send_signal(signal.SIGTERM)
-
-    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+def _status_of(launcher: subprocess.Popen[bytes]) -> int | None:
+    """Return the status of a launcher that ended, or None after a moment of waiting."""
     try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if process.poll() is None:
-            process.kill()
+        return launcher.wait(timeout=0.2)
+    except subprocess.TimeoutExpired:
+        return None

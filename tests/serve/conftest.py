@@ -15,7 +15,7 @@ import pytest
 import torch
 import uvicorn
 
-from rxlm.rxt.models import RxTAlpha
+from rxlm.rxt.models import RxTAlpha, RxTBeta
 from rxlm.serve.app import create_app
 from rxlm.serve.header_timeout import HeadTimeoutProtocol
 from rxlm.serve.interface import ServeLimits
@@ -28,16 +28,27 @@ TEXTS = ["Hello, my name is Ann.", "What is my name?", "Your name is Ann, I thin
 SIZES = {"num_layers": 2, "embed_dim": 16, "att_heads": 2, "stm_size": 4, "seq_len": 160}
 
 
-@pytest.fixture(scope="session")
-def tiny() -> RxTAlpha:
-    """A model that says random things, for as long as there is room."""
+def random_model(kind: type[RxTAlpha]) -> RxTAlpha:
+    """Return a model with random weights."""
     tokenizer = train_tokenizer(TEXTS * 8, TokenizerTraining(vocab_size=300))
     part = {**SIZES, "vocab_size": tokenizer.vocab_size, "ff_dim": 16}
     part |= {"self_att_type": "mha", "cross_att_type": "mha"}
     memory = {**SIZES, "att_type": "mha", "interlayer_att_type": "mha"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return RxTAlpha(part, part, memory, tokenizer=tokenizer).eval()
+        return kind(part, part, memory, tokenizer=tokenizer).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> RxTAlpha:
+    """A model that says random things, for as long as there is room."""
+    return random_model(RxTAlpha)
+
+
+@pytest.fixture(scope="session")
+def tiny_beta() -> RxTAlpha:
+    """The same, in the form of thoughts, answers and calls."""
+    return random_model(RxTBeta)
 
 
 @pytest.fixture

@@ -82,7 +82,8 @@ def test_orders_are_called_by_their_intervals() -> None:
         (0.985, 0.995, "linear"),  # so exact that the interval misses 1
         (0.85, 0.9, "exponent 0.88"),
         (0.4, 1.2, "undecided"),
-        (1.8, 1.97, "quadratic"),
+        (0.8, 0.99, "exponent 0.90"),  # near 1 at one end is not enough
+        (1.96, 1.99, "quadratic"),
         (1.4, 1.6, "exponent 1.50"),
     ],
 )
