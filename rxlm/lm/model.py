@@ -110,6 +110,8 @@ class LMNetwork(nn.Module):
             self.head.weight = _seeded(
                 seed, "head", lambda: self._new_embedding(config.vocab_size)
             ).weight
+        # Not a map from one width to another: Muon leaves it to AdamW.
+        self.head.weight._scores_tokens = True  # type: ignore[attr-defined]
 
     @property
     def device(self) -> torch.device:

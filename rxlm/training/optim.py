@@ -1,4 +1,4 @@
-"""AdamW with named state: parameter groups, construction, and the state as named tensors.
+"""The optimizer with named state: parameter groups, construction, its state as named tensors.
 
 Not here: learning rates (``schedule.py``) and the update itself (``update.py``).
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rxlm.errors import UserError
 from rxlm.training.master_weights import MasterWeights
+from rxlm.training.muon import MuonAdamW, fields_of, layer_matrices, split_groups
 from rxlm.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ def build_optimizer(
     groups: Sequence[Mapping[str, Any]],
     settings: TrainSettings,
     masters: MasterWeights | None = None,
-) -> torch.optim.AdamW:
-    """Return AdamW over ``groups``; with ``masters``, over those of the groups' parameters.
+) -> torch.optim.Optimizer:
+    """Return the optimizer over ``groups``; with ``masters``, over those of their parameters.
 
     Raises:
         ValueError: when a trainable parameter is in no group or in several, or a group holds a
@@ -72,13 +73,18 @@ def build_optimizer(
             f"{len(grouped)} grouped, {len(names)} trainable, missing "
             f"{[names[key] for key in missing]}, not trainable (shapes) {strangers}."
         )
+    if settings.optimizer == "muon":
+        groups = split_groups(groups, layer_matrices(module))
+    optimized = [
+        {"lr_scale": 1.0, **group, "params": _optimized(group["params"], masters)}
+        for group in groups
+    ]
+    if settings.optimizer == "muon":
+        return MuonAdamW(optimized, settings)
     # The fused kernel exists for these devices and saves a dozen launches per parameter.
     fused = all(param.device.type in {"cpu", "cuda"} for param in grouped)
     return torch.optim.AdamW(
-        [
-            {"lr_scale": 1.0, **group, "params": _optimized(group["params"], masters)}
-            for group in groups
-        ],
+        optimized,
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
@@ -119,7 +125,7 @@ def load_optimizer_tensors(
     the Trainer logs that it changed.)
 
     Raises:
-        UserError: when a saved tensor does not fit its parameter.
+        UserError: when a saved tensor does not fit its parameter, or another optimizer kept it.
     """
     parameters = trainable_parameters(module)
     optimized = _optimized(parameters.values(), masters)
@@ -129,10 +135,19 @@ def load_optimizer_tensors(
         name, _, field = key.rpartition("/")
         by_parameter.setdefault(name, {})[field] = tensor
     state: dict[int, dict[str, Tensor]] = {}
-    ordered = [param for group in optimizer.param_groups for param in group["params"]]
-    for index, param in enumerate(ordered):
+    ordered = [
+        (param, fields_of(group)) for group in optimizer.param_groups for param in group["params"]
+    ]
+    for index, (param, fields) in enumerate(ordered):
         name = names[id(param)]
         saved = by_parameter.get(name, {})
+        if saved and saved.keys() != fields:
+            raise UserError(
+                f"the optimizer state of {name} holds {', '.join(sorted(saved))}, but this run's "
+                f"optimizer keeps {', '.join(sorted(fields))}: train.optimizer has changed. Go on "
+                "with the one that the run began with, or begin a new run from its weights "
+                "(init_from)."
+            )
         for field, tensor in saved.items():
             if tensor.ndim and tensor.shape != param.shape:
                 raise UserError(

@@ -39,10 +39,15 @@ class TrainSettings(Config):
     seed: int = Field(default=0, ge=0)
     """Seed of the global random generators (dropout); data order has its own seed."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon``: Muon for the matrices of layers, with AdamW's learning rate and weight decay; AdamW
+    for tables, gates, norms and biases. Not with DeepSpeed, which cuts matrices up."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay rate of Muon's average of gradients."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -127,6 +132,11 @@ class TrainSettings(Config):
                 f"strategy={self.strategy} with deepspeed={self.deepspeed}: strategy: deepspeed "
                 "needs a file, such as deepspeed: stages/deepspeed/zero2.json, and no other "
                 "strategy reads one."
+            )
+        if self.optimizer == "muon" and self.strategy == "deepspeed":
+            raise UserError(
+                "optimizer=muon with strategy=deepspeed: Muon needs whole matrices, and DeepSpeed "
+                "cuts them up. Use optimizer=adamw, or strategy=ddp."
             )
         if self.precision == "bf16_pure" and self.strategy == "deepspeed":
             raise UserError(
