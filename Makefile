@@ -29,7 +29,7 @@ quickstart: $(BASE) ## train a nano model through all stages, then watch it reme
 	$(BIN)/rxlm demo runs/nano
 
 test: $(DEV) ## run the test suite
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(DEV) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check

@@ -19,6 +19,8 @@ from rxlm.training.processes import check_processes, command_of, run_stage_in_pr
 from rxlm.training.recipes import read_recipe
 from rxlm.training.run_folder import read_status
 
+pytestmark = pytest.mark.xdist_group("two processes")
+
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     """Return the final weights of the model stage."""

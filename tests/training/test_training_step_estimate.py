@@ -28,7 +28,12 @@ SCRIPT = Path(__file__).with_name("step_memory.py")
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux: peak resident memory"
 )
 @pytest.mark.parametrize(
-    "words", [("mha", "none", "1"), ("gated_deltanet", "none", "1"), ("mha", "layers", "2")]
+    "words",
+    [
+        pytest.param(("mha", "none", "1"), marks=pytest.mark.slow),
+        ("gated_deltanet", "none", "1"),
+        ("mha", "layers", "2"),
+    ],
 )
 def test_estimated_peak_is_the_real_one(words: tuple[str, ...]) -> None:
     """Catches gradients or optimizer state counted twice or not at all, and activations that are

@@ -28,6 +28,8 @@ from rxlm.training.metrics import TIMING_FIELDS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 CASES = Path(__file__).with_name("cases.py")
+# One after the other: each test has two processes, and there may be two cores.
+pytestmark = pytest.mark.xdist_group("two processes")
 NOT_LINEAR = {"perplexity", "write_size"}
 """Metrics whose mean over parts is not that of the whole."""
 
@@ -91,20 +93,26 @@ def differences(one: Path, two: Path, skip: set[str] = NOT_LINEAR) -> list[str]:
     return found
 
 
-def compare_all(cases: ModuleType, folder: Path, wanted: list[Any], tokens: Any) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs of one process are; several tests compare with the same ones."""
+    return tmp_path_factory.mktemp("alone")
+
+
+def compare_all(
+    cases: ModuleType, folder: Path, alone: Path, wanted: list[Any], tokens: Any
+) -> None:
     """Run each case in one process, too."""
-    alone: dict[Any, Path] = {}
     found = []
     for case in wanted:
         key = case._replace(strategy="alone")
-        if key not in alone:
-            cases.run_case(key, folder / "alone", tokens)
-            alone[key] = folder / "alone" / key.name
-        found += differences(alone[key], folder / case.name)
+        if not (alone / key.name).exists():
+            cases.run_case(key, alone, tokens)
+        found += differences(alone / key.name, folder / case.name)
     assert not found, "\n".join(found)
 
 
-def test_ddp_trains_what_one_process_trains(cases: ModuleType, tmp_path: Path) -> None:
+def test_ddp_trains_what_one_process_trains(cases: ModuleType, tmp_path: Path, alone: Path) -> None:
     """Catches a gradient that is a mean of means although processes have unequal numbers of
     targets, noise or masks that depend on the process, windows reduced once a turn, a parameter
     that only some steps use, clipping and metrics of one process alone, and a parent's random
@@ -112,13 +120,15 @@ def test_ddp_trains_what_one_process_trains(cases: ModuleType, tmp_path: Path) -
     result = launch(str(CASES), str(tmp_path), RXLM_CASES="-ddp-")
     assert result.returncode == 0, result.stderr[-3000:]
     wanted = [case for case in cases.SHARED if case.strategy == "ddp"]
-    compare_all(cases, tmp_path, wanted, cases.tokenizer())
+    compare_all(cases, tmp_path, alone, wanted, cases.tokenizer())
     newest = checkpoint(tmp_path / wanted[0].name)
     assert (newest / "train" / "rng-1.json").exists(), "random state of process 1 is not saved"
 
 
 @pytest.mark.deepspeed
-def test_deepspeed_trains_what_one_process_trains(cases: ModuleType, tmp_path: Path) -> None:
+def test_deepspeed_trains_what_one_process_trains(
+    cases: ModuleType, tmp_path: Path, alone: Path
+) -> None:
     """As for DDP, of ZeRO 1, 2, 3 and with offloading: clipping after the wrong scale, weights that
     are not whole when they are saved, moments that a resumed run loses, and a checkpoint that only
     the strategy that wrote it can read."""
@@ -128,12 +138,12 @@ def test_deepspeed_trains_what_one_process_trains(cases: ModuleType, tmp_path: P
     result = launch(str(CASES), str(tmp_path), RXLM_CASES="-zero")
     assert result.returncode == 0, result.stderr[-3000:]
     wanted = [case for case in (*cases.SHARED, *cases.RESUMED) if "zero" in case.strategy]
-    compare_all(cases, tmp_path, wanted, tokens)
+    compare_all(cases, tmp_path, alone, wanted, tokens)
     # And back: one process goes on where ZeRO 3 stopped after its second step.
     cut_up = next(item for item in wanted if item[:3] == ("memory_aware", "softmax", "zero3"))
     cases.run_case(cut_up, tmp_path, tokens, steps=4)
     whole = cases.RESUMED[0]._replace(strategy="alone").name
-    found = differences(tmp_path / "alone" / whole, tmp_path / cut_up.name, {"loss", *NOT_LINEAR})
+    found = differences(alone / whole, tmp_path / cut_up.name, {"loss", *NOT_LINEAR})
     assert not [line for line in found if "safetensors" in line], "\n".join(found)
 
 

@@ -51,7 +51,9 @@ def num_graphs() -> int:
 @pytest.mark.parametrize(
     ("kind", "backend"),
     [
-        ("mha", "inductor"),
+        ("mha", "aot_eager"),
+        # Also translated into C++, which takes a minute.
+        pytest.param("mha", "inductor", marks=pytest.mark.slow),
         pytest.param("local", "aot_eager", marks=pytest.mark.slow),
         pytest.param("kda", "aot_eager", marks=pytest.mark.slow),
     ],
