@@ -1,4 +1,4 @@
-"""Speed of decoding with Micro, beside the machine's bandwidth and a Llama of equal size.
+"""Speed of decoding, beside the machine's bandwidth and a Llama of equal size.
 
     python benchmarks/decode.py --quick                # minutes, to see that it works
     python benchmarks/decode.py                        # everything; to runs/benchmarks
@@ -30,7 +30,7 @@ from decode_contenders import (
     bytes_of_a_step,
     contenders,
     count,
-    micro,
+    published,
 )
 from decode_report import COPY, GEMV, PROMPT, REFERENCE, TRIAD, Key, Results, bars, write
 
@@ -74,6 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, nargs="*", metavar="N")
     add("--rounds", type=int, help="how often each is timed")
     add("--budget", type=float, default=1200.0, help="seconds after which no round begins")
+    add("--sizes", nargs="+", choices=("micro", "micro-plus", "mini"), default=["micro"])
     add("--no-compile", action="store_true", help="leave the compiled step out")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the model")
     add("--out", type=Path, default=Path("runs/benchmarks"), help="folder that is written to")
@@ -97,28 +98,33 @@ def measure(options: argparse.Namespace) -> Results:
         UserError: if a step should be compiled and there is no compiler.
         RunError: if the compiled step writes other tokens.
     """
-    model = micro(tuple(options.set))
-    found = contenders(model, compiled=not options.no_compile)
-    if not options.no_compile:
-        check_agreement(found, options)
     results, load = Results(), load_average()
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        progress(f"{threads} threads")
-        results.seconds |= interleave(
-            groups(model, found, threads, options, results),
-            rounds=options.rounds,
-            budget=options.budget / len(options.threads),
-            progress=progress,
+    described, sizes = [], []
+    for size in options.sizes:
+        model = published(size, tuple(options.set))
+        found = contenders(model, compiled=not options.no_compile)
+        if not options.no_compile:
+            check_agreement(found, options)
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            progress(f"{size}, {threads} threads")
+            results.seconds |= interleave(
+                groups(size, model, found, threads, options, results),
+                rounds=options.rounds,
+                budget=options.budget / len(options.threads) / len(options.sizes),
+                progress=progress,
+            )
+        described.append(
+            f"{size}: {count(model.decoder):,} parameters in the decoder, of which a token visits "
+            f"{active_parameters(model):,}"
         )
-    sizes = "; ".join(f"{contender.name} {contender.parameters:,}" for contender in found)
+        sizes += [f"{size}: {contender.name} {contender.parameters:,}" for contender in found]
     results.facts = {
         "machine": machine_name("cpu"),
         "threads": f"{options.threads} (OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']})",
-        "model": f"decoder of stages/micro, float32, random weights: {count(model.decoder):,} "
-        f"parameters, of which a token visits {active_parameters(model):,}"
+        "model": f"those of stages/, float32, random weights; {'; '.join(described)}"
         + (f"; changed: {' '.join(options.set)}" if options.set else ""),
-        "parameters": sizes,
+        "parameters": "; ".join(sizes),
         "versions": f"torch {torch.__version__}, transformers {transformers_version()}",
         "rounds": str(len(next(iter(results.seconds.values())))),
         "load average": f"{load:.1f} before, {load_average():.1f} after (processes that want to "
@@ -131,6 +137,7 @@ def measure(options: argparse.Namespace) -> Results:
 
 
 def groups(
+    size: str,
     model: ReactiveModel,
     found: list[Contender],
     threads: int,
@@ -141,14 +148,14 @@ def groups(
     made: list[dict[Key, Call]] = [bandwidth_calls(threads)]
     for rows in options.rows:
         for new in options.new:
-            size = bytes_of_a_step(model, rows, PROMPT + new / 2)
-            results.step_bytes[rows, new] = size
+            read = bytes_of_a_step(model, rows, PROMPT + new / 2)
+            results.step_bytes[size, rows, new] = read
             # What the bound is from, over as many bytes as a step reads.
-            matrix = round(size) // 512 * 512
+            matrix = round(read) // 512 * 512
             made.append(
-                {Key("bandwidth", threads, rows, matrix, GEMV): product(matrix)}
+                {Key("bandwidth", threads, rows, matrix, GEMV, size): product(matrix)}
                 | {
-                    Key("turn", threads, rows, new, contender.name): partial(
+                    Key("turn", threads, rows, new, contender.name, size): partial(
                         contender.answer, rows, PROMPT, new
                     )
                     for contender in found
@@ -157,7 +164,7 @@ def groups(
     for tokens in options.prompts:
         made.append(
             {
-                Key("first token", threads, 1, tokens, contender.name): partial(
+                Key("first token", threads, 1, tokens, contender.name, size): partial(
                     contender.answer, 1, tokens, 1
                 )
                 for contender in found

@@ -1,4 +1,4 @@
-"""What `decode.py` compares: Micro as this package runs it, and Llamas of its size.
+"""What `decode.py` compares: Micro (or Mini) as this package runs it, and Llamas of its size.
 
 Every contender answers the same question: read a prompt, then write a number of tokens greedily,
 whatever they are. Llama's loop is the shortest there is: its forward pass, its cache, an argmax.
@@ -19,7 +19,7 @@ from rxlm.ops.sampling import GREEDY
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.training.described_model import described_model
 
-MICRO = Path(__file__).resolve().parents[1] / "stages" / "micro"
+STAGES = Path(__file__).resolve().parents[1] / "stages"
 OURS, COMPILED = "rxlm", "rxlm, compiled"
 LLAMA, STATIC, GENERATE = "Llama", "Llama, StaticCache", "Llama, generate()"
 ACTIVE = "Llama, as many active"
@@ -36,9 +36,9 @@ class Contender(NamedTuple):
     parameters: int
 
 
-def micro(overrides: tuple[str, ...] = ()) -> ReactiveModel:
-    """Return Micro with random weights that never ends an answer, for turns of 512 tokens."""
-    config = described_model(MICRO, ("model.decoder.seq_len=512", *overrides))
+def published(size: str, overrides: tuple[str, ...] = ()) -> ReactiveModel:
+    """Return a model of ``stages/`` that never ends an answer: new weights, turns of 512 tokens."""
+    config = described_model(STAGES / size, ("model.decoder.seq_len=512", *overrides))
     torch.manual_seed(0)
     model = ReactiveModel(config).eval()
     model.decoder.head_bias.data[config.tokenizer.eos_token_id] = -1e4
@@ -69,7 +69,7 @@ def ours(model: ReactiveModel, *, compiled: bool) -> Answer:
 
 
 def llama_of(model: ReactiveModel, parameters: int) -> Any:
-    """Return a Llama of Micro's width, depth, heads and vocabulary with so many parameters."""
+    """Return a Llama of a model's width, depth, heads and vocabulary with so many parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     fields = model.config.decoder

@@ -22,13 +22,15 @@ REFERENCE = (
 
 class Key(NamedTuple):
     """What a sample belongs to. ``tokens``: written (task 'turn'), read (task 'first token'), or
-    bytes (task 'bandwidth')."""
+    bytes (task 'bandwidth'). ``size``: of the model, a folder of ``stages/``; of bandwidth that
+    every size shares, none."""
 
     task: str
     threads: int
     rows: int
     tokens: int
     contender: str
+    size: str = ""
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Results:
     """All that was measured: seconds per call, one a round; facts about the run."""
 
     seconds: dict[Key, list[float]] = field(default_factory=dict)
-    step_bytes: dict[tuple[int, int], float] = field(default_factory=dict)
+    step_bytes: dict[tuple[str, int, int], float] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
 
 
@@ -56,9 +58,10 @@ def bound(results: Results, key: Key) -> tuple[float, float]:
     fastest = max(
         other.tokens / quartiles(seconds).median
         for other, seconds in results.seconds.items()
-        if other[:2] == ("bandwidth", key.threads) and other.rows in (0, key.rows)
+        if other[:2] == ("bandwidth", key.threads)
+        and (other.rows, other.size) in ((0, ""), (key.rows, key.size))
     )
-    return key.rows * fastest / results.step_bytes[key.rows, key.tokens], fastest
+    return key.rows * fastest / results.step_bytes[key.size, key.rows, key.tokens], fastest
 
 
 def turns(results: Results) -> list[Key]:
@@ -96,7 +99,11 @@ def bars(results: Results) -> list[tuple[str, str, bool]]:
 
 
 def described(key: Key) -> str:
-    return f"{key.contender}: {key.tokens} tokens, {key.rows} rows, {key.threads} threads"
+    return f"{key.contender}: {place(key)}"
+
+
+def place(key: Key) -> str:
+    return f"{key.size}, {key.tokens} tokens, {key.rows} rows, {key.threads} threads"
 
 
 def write(results: Results, folder: Path, command: str) -> None:
@@ -107,8 +114,8 @@ def write(results: Results, folder: Path, command: str) -> None:
         writer.writerow([*Key._fields, "quantity", *Quartiles._fields])
         for key, samples in results.seconds.items():
             writer.writerow([*key, "seconds", *(f"{x:.6g}" for x in quartiles(samples))])
-        for (rows, new), size in results.step_bytes.items():
-            writer.writerow(["step", "", rows, new, "", "bytes", "", round(size), ""])
+        for (size, rows, new), read in results.step_bytes.items():
+            writer.writerow(["step", "", rows, new, "", size, "bytes", "", round(read), ""])
     draw(results, f"{stem}.png")
     Path(f"{stem}.md").write_text(page(results, command), encoding="utf-8")
 
@@ -124,7 +131,7 @@ def page(results: Results, command: str) -> str:
         share = f"{100 * speed(results, key).median / limit:.0f} %" if ours else ""
         decoded.append(
             (
-                f"{key.threads} / {key.rows} / {key.tokens}",
+                f"{key.size} / {key.threads} / {key.rows} / {key.tokens}",
                 key.contender,
                 spread(speed(results, key)),
                 share,
@@ -142,12 +149,13 @@ def page(results: Results, command: str) -> str:
     for key in turns(results):
         if key.contender == OURS:
             limit, fastest = bound(results, key)
-            size = results.step_bytes[key.rows, key.tokens] / 2**20
-            row = (f"{size:.1f}", f"{fastest / 1e9:.1f}", f"{limit:,.0f}")
-            limits.append((str(key.threads), str(key.rows), str(key.tokens), *row))
+            read = results.step_bytes[key.size, key.rows, key.tokens] / 2**20
+            row = (f"{read:.1f}", f"{fastest / 1e9:.1f}", f"{limit:,.0f}")
+            where = (str(key.threads), str(key.rows), str(key.tokens))
+            limits.append((key.size, *where, *row))
     firsts = [
         (
-            f"{key.threads} / {key.tokens}",
+            f"{key.size} / {key.threads} / {key.tokens}",
             key.contender,
             times(Quartiles(*(1000 * value for value in quartiles(samples)))),
             "" if key.contender == LLAMA else times(faster(results, key, LLAMA)),
@@ -171,7 +179,13 @@ def page(results: Results, command: str) -> str:
         markdown_table(
             Table(
                 "",
-                ("threads / rows / tokens", "", "tokens/s", "of the bound", f"times {LLAMA}"),
+                (
+                    "size / threads / rows / tokens",
+                    "",
+                    "tokens/s",
+                    "of the bound",
+                    f"times {LLAMA}",
+                ),
                 decoded,
                 note,
             )
@@ -180,18 +194,21 @@ def page(results: Results, command: str) -> str:
         markdown_table(
             Table(
                 "",
-                ("threads / prompt", "", "milliseconds", f"times {LLAMA}"),
+                ("size / threads / prompt", "", "milliseconds", f"times {LLAMA}"),
                 firsts,
-                "One row. Ours reads the whole memory, too: 256 slots for each layer.",
+                "One row. Ours reads the whole memory, too: 256 slots a layer of Micro, 1,024 of "
+                "Mini.",
             )
         ),
         "## The bound",
         "Every step reads the weights that its tokens visit, the memory's keys and values, and "
         "those of the turn. The bound is the fastest bandwidth measured in the same run, by those "
-        "bytes. What a step of this small model reads fits into the last cache of most machines; "
+        "bytes. What a step of a small model reads fits into the last cache of most machines; "
         "the product with a vector is therefore also measured over a buffer of that size.",
         markdown_table(
-            Table("", ("threads", "rows", "tokens", "MiB a step", "GB/s", "tokens/s"), limits)
+            Table(
+                "", ("size", "threads", "rows", "tokens", "MiB a step", "GB/s", "tokens/s"), limits
+            )
         ),
         markdown_table(Table("", ("threads", "rows", "MiB", "", "GB/s"), machine)),
     ]
@@ -203,14 +220,14 @@ def draw(results: Results, path: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    places = list(dict.fromkeys(key[1:4] for key in turns(results)))
+    places = list(dict.fromkeys(key._replace(contender="") for key in turns(results)))
     names = list(dict.fromkeys(key.contender for key in turns(results)))
     figure = Figure(figsize=(10, 1.5 + 1.2 * len(places)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     width = 0.8 / len(names)
     for index, name in enumerate(names):
-        found = [speed(results, Key("turn", *place, name)) for place in places]
+        found = [speed(results, key._replace(contender=name)) for key in places]
         axes.barh(
             [number + width * index for number in range(len(places))],
             [value.median for value in found],
@@ -218,13 +235,13 @@ def draw(results: Results, path: str) -> None:
             label=name,
             xerr=[[v.median - v.lower for v in found], [v.upper - v.median for v in found]],
         )
-    for number, place in enumerate(places):
-        limit, _ = bound(results, Key("turn", *place, OURS))
+    for number, key in enumerate(places):
+        limit, _ = bound(results, key)
         label = "bandwidth bound" if number == 0 else None
         axes.vlines(limit, number - 0.1, number + 0.8, colors="black", label=label)
     axes.set_yticks(
         [number + 0.35 for number in range(len(places))],
-        [f"{threads} threads, {rows} rows, {new} tokens" for threads, rows, new in places],
+        [place(key) for key in places],
     )
     axes.set(xlabel="tokens per second, all rows together")
     axes.legend()

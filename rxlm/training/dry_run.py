@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import nn
+
 from rxlm.errors import UserError
 from rxlm.lm.config import LMConfig
 from rxlm.lm.language_model import LanguageModel, read_lm_config
@@ -33,9 +35,11 @@ from rxlm.training.build_lm import build_lm_objective, build_lm_on_meta, check_s
 from rxlm.training.device import resolve_device
 from rxlm.training.distributed.zero import check_deepspeed
 from rxlm.training.loggers import check_loggers
+from rxlm.training.muon import layer_matrices
 from rxlm.training.objective import Objective
 from rxlm.training.objectives.joint_lm import JointBatch
 from rxlm.training.objectives.language_modeling import row_length
+from rxlm.training.optim import trainable_parameters
 from rxlm.training.recipes import PREVIOUS, LMRecipe, ModelRecipe, StageFile, TokenizerRecipe
 from rxlm.training.rng import isolated_random_state
 from rxlm.training.settings import TrainSettings
@@ -67,7 +71,7 @@ class DryRun(NamedTuple):
     """Of the first step; later phases of a curriculum may differ."""
     weight_bytes: int
     optimizer_bytes: int
-    """Gradients and the optimizer's two moments (and weights rounded from masters)."""
+    """Gradients and the optimizer's moments (and weights rounded from masters)."""
     memory_bytes: int
     """Short-term memory of one conversation; a language model's state after ``state_tokens``."""
     notes: list[str]
@@ -124,7 +128,7 @@ def dry_run(stage: StageFile, folder: Path, *, measure: bool = False) -> DryRun:
         steps=recipe.train.steps,
         tokens_per_step=sum(batch.num_tokens for batch in dialogues),
         weight_bytes=_BYTES * sum(parameters.values()),
-        optimizer_bytes=_optimizer_bytes(recipe.train, sum(trained)),
+        optimizer_bytes=_optimizer_bytes(recipe.train, objective.trained_modules()),
         memory_bytes=_BYTES * memory.num_layers * memory.stm_size * memory.embed_dim,
         notes=notes,
     )
@@ -181,7 +185,7 @@ def _dry_run_lm(
         steps=recipe.train.steps,
         tokens_per_step=sum(int(rows.mask.sum()) for batch in batches for rows in batch),
         weight_bytes=_BYTES * total,
-        optimizer_bytes=_optimizer_bytes(recipe.train, total),
+        optimizer_bytes=_optimizer_bytes(recipe.train, objective.trained_modules()),
         memory_bytes=state_bytes(config, length),
         notes=notes,
         state_tokens=length,
@@ -189,9 +193,15 @@ def _dry_run_lm(
     return _with_estimate(report, real, recipe.train) if measure else report
 
 
-def _optimizer_bytes(settings: TrainSettings, num_trained: int) -> int:
+def _optimizer_bytes(settings: TrainSettings, trained: nn.Module) -> int:
+    """Return the bytes of gradients and moments; Muon keeps one of a matrix in place of two."""
+    parameters = trainable_parameters(trained).values()
+    matrices = layer_matrices(trained) if settings.optimizer == "muon" else set()
     rounded = _ROUNDED_BYTES if settings.precision == "bf16_pure" else 0
-    return (3 * _BYTES + rounded) * num_trained
+    return sum(
+        ((2 if id(item) in matrices else 3) * _BYTES + rounded) * item.numel()
+        for item in parameters
+    )
 
 
 def _tokenizer_and_config(

@@ -42,7 +42,7 @@ def test_small_run_writes_every_file(
 def test_a_step_reads_what_its_tokens_visit(script: ModuleType) -> None:
     """Catches a bound from too few or too many bytes: of Micro, by hand."""
     contenders = importlib.import_module("decode_contenders")
-    model = contenders.micro()
+    model = contenders.published("micro")
     width, vocab, experts = 128, 7500, 3 * 256 * 128
     layer = 4 * width * 64 + width  # Self-attention and its output bias.
     layer += 2 * width * 64 + width  # Queries and output of reading the memory.

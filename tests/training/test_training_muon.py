@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from rxlm.errors import UserError
 from rxlm.lm.config import LMConfig
 from rxlm.lm.model import LMNetwork
+from rxlm.rxt.model import RxTNetwork
 from rxlm.training.checkpoint import find_latest
+from rxlm.training.described_model import described_model
+from rxlm.training.dry_run import dry_run
 from rxlm.training.muon import layer_matrices
 from rxlm.training.optim import (
     build_optimizer,
@@ -22,8 +25,10 @@ from rxlm.training.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
+from rxlm.training.recipes import read_recipe
 from rxlm.training.settings import TrainSettings
 
+NANO = Path(__file__).parents[2] / "stages" / "nano"
 SETTINGS = TrainSettings(steps=1, optimizer="muon", lr=0.02, weight_decay=0.3, momentum=0.9)
 
 
@@ -140,3 +145,18 @@ def test_deepspeed_is_refused() -> None:
             {"steps": 1, "optimizer": "muon", "strategy": "deepspeed", "deepspeed": "zero2.json"},
             "train",
         )
+
+
+def test_a_dry_run_counts_one_moment_of_a_matrix(tmp_path: Path) -> None:
+    """Catches a memory estimate of two moments for what has one."""
+    reports = {
+        name: dry_run(
+            read_recipe(NANO / "50_memory_aware.yaml", [f"train.optimizer={name}"]), tmp_path / "5"
+        )
+        for name in ("adamw", "muon")
+    }
+    network = RxTNetwork(described_model(NANO))
+    found = layer_matrices(network)
+    numbers = sum(item.numel() for item in network.parameters() if id(item) in found)
+    saved = reports["adamw"].optimizer_bytes - reports["muon"].optimizer_bytes
+    assert saved == 4 * numbers > 0
