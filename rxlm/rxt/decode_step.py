@@ -30,6 +30,7 @@ from rxlm.nn.attention import KeyValue
 from rxlm.nn.key_value_buffer import KeyValueBuffer
 from rxlm.ops.rotary import rotary_phases
 from rxlm.rxt.components import RxTDecoder
+from rxlm.rxt.decode_layout import keep_by_columns
 from rxlm.rxt.decode_values import DecodeCache, MemoryReading
 from rxlm.rxt.layers import LayerCache
 
@@ -101,12 +102,15 @@ class DecodeStep:
             memory: what the turn reads.
             cache: after the prompt; copied, not changed.
             room: how many tokens may follow.
-            compiled: run the step through ``torch.compile``.
+            compiled: run the step through ``torch.compile``; on a CPU, the decoder's matrices are
+                kept by columns from then on (:mod:`rxlm.rxt.decode_layout`).
 
         Raises:
             UserError: if the step should be compiled and there is no compiler.
         """
         self._decoder, self._memory, self._compiled = decoder, memory, compiled
+        if compiled:
+            keep_by_columns(decoder)
         self._has_keys = any(isinstance(layer, KeyValue) for layer in cache.layers)
         batch, past = cache.key_mask.shape
         # Where no layer keeps keys, positions alone are counted.
@@ -282,6 +286,12 @@ def _options(device: torch.device) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if device.type == "cuda":
         options["triton.cudagraphs"] = True  # mode="reduce-overhead", which excludes options.
+    else:
+        # The hundred small kernels of a step are called from C++: from Python, the calls take as
+        # long as the kernels.
+        options["cpp_wrapper"] = True
+        # Ids, experts and columns are in range; checks in the innermost loops keep them slow.
+        options["assert_indirect_indexing"] = False
     # What is kept is kept by all that may change of a decoder (the key of ``compiled_step``), and
     # looking at each of its modules again takes a third of a small model's step.
     unguarded = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)

@@ -52,7 +52,8 @@ def make_model(tiny_tokenizer: Tokenizer) -> Callable[..., RxTAlpha]:
             torch.manual_seed(seed)
             model = RxTAlpha(component, encoder, attention, tokenizer=tokenizer)
             # Sharper scores than at initialisation: near ties would make tests depend on rounding.
-            model.decoder.head_weight.data.mul_(4.0)
+            if not model.decoder.config.tie_embeddings:
+                model.decoder.head_weight.data.mul_(4.0)
         model.decoder.head_bias.data[tokenizer.eos_id] = eos_bias
         return model.eval()
 
