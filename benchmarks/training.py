@@ -2,6 +2,7 @@
 
     python benchmarks/training.py --quick                    # nano only, few steps
     python benchmarks/training.py --out docs/benchmarks      # replaces the committed page
+    python benchmarks/training.py --sizes mini --keep ...    # replaces some of its rows
 
 Not here: how well anything is learned (the recipes in ``stages/`` say that).
 """
@@ -133,7 +134,7 @@ def bare_steps(objective: Objective, settings: TrainSettings, steps: int) -> dic
         times.append(time.perf_counter())
         scale_and_clip(parameters, 1 / output.num_targets, settings.grad_clip)
         optimizer.step()
-        float(output.loss)
+        float(output.loss.detach())
         times.append(time.perf_counter())
         for part, begin, end in zip(PARTS, times, times[1:], strict=False):
             seconds[part].append(end - begin)
@@ -185,8 +186,6 @@ def checkpointing_peaks(make: Any, stage: str) -> dict[str, float]:
         )
         objective.set_training_mode()
         batch = objective.batch(0, 0)
-        objective.loss(batch, 0).loss.backward()
-        objective.trained_modules().zero_grad(set_to_none=True)
 
         def passes(objective: Objective = objective, batch: Any = batch) -> None:
             objective.loss(batch, 0).loss.backward()
@@ -227,6 +226,26 @@ def measure(size: str, stage: str, tokenizer: Tokenizer, options: argparse.Names
     )
 
 
+def read_csv(path: Path) -> list[Row]:
+    """Return the rows of an earlier run."""
+    rows = []
+    with path.open(newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            numbers = {name: float(line[name]) for name in Row._fields[4:-1]}
+            peaks = {name: line[f"peak_megabytes_{name}"] for name in CHECKPOINTING}
+            rows.append(
+                Row(
+                    line["size"],
+                    line["stage"],
+                    int(line["parameters"]),
+                    int(line["tokens"]),
+                    **numbers,
+                    peak_megabytes={name: float(value) for name, value in peaks.items() if value},
+                )
+            )
+    return rows
+
+
 def write_csv(rows: list[Row], path: Path) -> None:
     """Write all figures."""
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -259,28 +278,28 @@ def write_figure(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120, facecolor="white")
 
 
-def page(rows: list[Row], command: str, options: argparse.Namespace) -> str:
+def page(rows: list[Row], command: str) -> str:
     """Return the page in Markdown."""
     lines = [
         "# What training costs",
         "",
         f"Written by `{command}`: {machine_name('cpu')}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} thread(s), fp32, {options.steps} updates of "
-        f"{options.dialogues} dialogues x {options.turns} turns; load average "
-        f"{load_average():.1f} at the end. Medians. The model is new, "
-        "the data are the built-in dialogues.",
+        f"{torch.get_num_threads()} thread(s), fp32; load average {load_average():.1f} at the end. "
+        "Medians. The model is new, the data are the built-in dialogues. With `--keep`, rows that a run "
+        "does not measure are those of earlier runs.",
         "",
         "![Where the time of an update goes](training.png)",
         "",
-        "| size | stage | parameters | tokens/s | MFU | data ms | forward ms | backward ms "
-        "| optimizer ms | loader / model |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| size | stage | parameters | tokens an update | tokens/s | MFU | data ms | forward ms "
+        "| backward ms | optimizer ms | loader / model |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         times = " | ".join(f"{1000 * getattr(row, part):.1f}" for part in PARTS)
         lines.append(
-            f"| {row.size} | {row.stage} | {row.parameters:,} | {row.tokens_per_second:,.0f} "
-            f"| {row.mfu:.1%} | {times} | {row.loader_over_model:.1f} x |"
+            f"| {row.size} | {row.stage} | {row.parameters:,} | {row.tokens:,} "
+            f"| {row.tokens_per_second:,.0f} | {row.mfu:.1%} | {times} "
+            f"| {row.loader_over_model:.1f} x |"
         )
     lines += [
         "",
@@ -291,9 +310,8 @@ def page(rows: list[Row], command: str, options: argparse.Namespace) -> str:
         "## The Trainer beside a bare loop",
         "",
         "Time of an update in the Trainer (logging, metrics, checks for bad numbers) over that of "
-        "the same update in a plain loop, both building batches in line; median of "
-        f"{options.rounds} rounds (goal: at most 1.05). The share "
-        "is largest for the smallest model.",
+        "the same update in a plain loop, both building batches in line; median over rounds "
+        "(goal: at most 1.05). The share is largest for the smallest model.",
         "",
         "| size | stage | Trainer / bare loop |",
         "|---|---|---:|",
@@ -329,6 +347,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-overhead", action="store_true", help="leave the Trainer out")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the other rows of an earlier run in --out"
+    )
     parser.add_argument("--quick", action="store_true", help="nano, 3 updates, 1 round")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     options = parser.parse_args()
@@ -338,17 +359,23 @@ def main() -> None:
     generator = DialogueGenerator()
     texts = conversation_texts(generator.conversation(index, 8) for index in range(300))
     tokenizer = train_tokenizer(texts, TokenizerTraining(vocab_size=2048))
-    rows = []
+    rows: dict[tuple[str, str], Row] = {}
+    if options.keep:
+        rows = {row[:2]: row for row in read_csv(options.out / "training.csv")}
     options.out.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", "benchmarks/training.py", *sys.argv[1:]])
     for size in options.sizes:
         for stage in options.stages:
-            rows.append(measure(size, stage, tokenizer, options))
-            print(f"{size} {stage}: {rows[-1].tokens_per_second:,.0f} tokens/s", flush=True)
+            row = measure(size, stage, tokenizer, options)
+            rows[size, stage] = row
+            print(f"{size} {stage}: {row.tokens_per_second:,.0f} tokens/s", flush=True)
             # After each row, so that a run that is stopped leaves what it has measured.
-            write_csv(rows, options.out / "training.csv")
-            (options.out / "training.md").write_text(page(rows, command, options), encoding="utf-8")
-    write_figure(rows, options.out / "training.png")
+            found = sorted(
+                rows.values(), key=lambda row: (SIZES.index(row.size), NAMES.index(row.stage))
+            )
+            write_csv(found, options.out / "training.csv")
+            (options.out / "training.md").write_text(page(found, command), encoding="utf-8")
+            write_figure(found, options.out / "training.png")
 
 
 if __name__ == "__main__":
