@@ -22,7 +22,7 @@ from rxlm.training.recipes import (
 )
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = tuple(ROOT / "stages" / name for name in ("nano", "nano-linear", "mini"))
+FOLDERS = tuple(ROOT / "stages" / name for name in ("nano", "nano-linear", "micro", "mini"))
 BASELINE = ROOT / "stages" / "nano-baseline"
 RECIPES = [path for folder in (*FOLDERS, BASELINE) for path in recipe_files(folder)]
 folders = pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
@@ -39,7 +39,7 @@ def test_all_stages_in_order(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in RECIPES if path.parent.name != "mini"],
+    [path for path in RECIPES if path.parent.name.startswith("nano")],
     ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
 def test_recipe_dry_runs(path: Path, tmp_path: Path) -> None:
@@ -52,6 +52,15 @@ def test_recipe_dry_runs(path: Path, tmp_path: Path) -> None:
         assert sum(report.parameters.values()) < 1_000_000, "nano means small"
         assert 0 < report.num_trained
         assert report.tokens_per_step > 100
+
+
+@pytest.mark.parametrize("kind", ["mha", "gated_deltanet", "kda", "md_gdn"])
+def test_micro_is_as_large_with_any_attention(kind: str, data_dir: Path, tmp_path: Path) -> None:
+    """Catches a comparison of models of different sizes, and data that are no longer there."""
+    path = ROOT / "stages" / "micro" / "50_memory_aware.yaml"
+    words = [f"model.decoder.self_att_type={kind}", "model.encoder.self_att_type=mha"]
+    report = dry_run(read_recipe(path, words), tmp_path / "50")
+    assert sum(report.parameters.values()) == pytest.approx(2.7e6, rel=0.02)
 
 
 @names
