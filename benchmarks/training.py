@@ -285,8 +285,8 @@ def page(rows: list[Row], command: str) -> str:
         "",
         f"Written by `{command}`: {machine_name('cpu')}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} thread(s), fp32; load average {load_average():.1f} at the end. "
-        "Medians. The model is new, the data are the built-in dialogues. With `--keep`, rows that a "
-        "run does not measure are those of earlier runs.",
+        "Medians. The model is new, the data are the built-in dialogues. With `--keep`, rows that "
+        "a run does not measure are those of earlier runs.",
         "",
         "![Where the time of an update goes](training.png)",
         "",

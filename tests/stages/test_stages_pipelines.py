@@ -54,15 +54,6 @@ def test_recipe_dry_runs(path: Path, tmp_path: Path) -> None:
         assert report.tokens_per_step > 100
 
 
-@pytest.mark.parametrize("kind", ["mha", "gated_deltanet", "kda", "md_gdn"])
-def test_micro_is_as_large_with_any_attention(kind: str, data_dir: Path, tmp_path: Path) -> None:
-    """Catches a comparison of models of different sizes, and data that are no longer there."""
-    path = ROOT / "stages" / "micro" / "50_memory_aware.yaml"
-    words = [f"model.decoder.self_att_type={kind}", "model.encoder.self_att_type=mha"]
-    report = dry_run(read_recipe(path, words), tmp_path / "50")
-    assert sum(report.parameters.values()) == pytest.approx(2.7e6, rel=0.02)
-
-
 @names
 def test_header_says_what_one_wants_to_know(path: Path) -> None:
     """Catches a recipe without its command, and a command of another recipe (a copied header)."""
