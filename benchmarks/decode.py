@@ -119,6 +119,7 @@ def measure(options: argparse.Namespace) -> Results:
             f"{active_parameters(model):,}"
         )
         sizes += [f"{size}: {contender.name} {contender.parameters:,}" for contender in found]
+    rounds = [len(samples) for samples in results.seconds.values()]
     results.facts = {
         "machine": machine_name("cpu"),
         "threads": f"{options.threads} (OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']})",
@@ -126,7 +127,7 @@ def measure(options: argparse.Namespace) -> Results:
         + (f"; changed: {' '.join(options.set)}" if options.set else ""),
         "parameters": "; ".join(sizes),
         "versions": f"torch {torch.__version__}, transformers {transformers_version()}",
-        "rounds": str(len(next(iter(results.seconds.values())))),
+        "rounds": f"{min(rounds)} to {max(rounds)}",
         "load average": f"{load:.1f} before, {load_average():.1f} after (processes that want to "
         "run; the benchmark itself takes up to the number of threads)",
         "date": time.strftime("%Y-%m-%d"),

@@ -2,9 +2,10 @@
 
 A product of one row with a matrix reads the whole matrix once. Kept row by row ``[out, in]``, as
 training keeps it, every output is a short dot product, and libraries reach a fraction of the
-memory's bandwidth; kept column by column, the outputs are summed up together along memory
-(`benchmarks/decode.py` measures the difference). The parameters stay what they are, the values and
-shapes too; only their strides change, so nothing that uses or saves them has to know.
+memory's bandwidth (``matrix times vector`` beside ``triad`` in ``benchmarks/decode.py``); kept
+column by column, the outputs are summed up together along memory. The parameters stay what they
+are, the values and shapes too; only their strides change, so nothing that uses or saves them has
+to know. Products are summed up in another order, so their last bits may differ.
 
 Not here: experts, which a compiled step reads by index along their rows.
 """

@@ -286,11 +286,12 @@ def _options(device: torch.device) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if device.type == "cuda":
         options["triton.cudagraphs"] = True  # mode="reduce-overhead", which excludes options.
-    else:
+    elif device.type == "cpu":
         # The hundred small kernels of a step are called from C++: from Python, the calls take as
         # long as the kernels.
         options["cpp_wrapper"] = True
-        # Ids, experts and columns are in range; checks in the innermost loops keep them slow.
+        # Ids are the model's or checked, experts the router's, columns ours: all are in range, and
+        # a check in an innermost loop keeps it slow.
         options["assert_indirect_indexing"] = False
     # What is kept is kept by all that may change of a decoder (the key of ``compiled_step``), and
     # looking at each of its modules again takes a third of a small model's step.

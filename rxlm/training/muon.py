@@ -25,11 +25,10 @@ def layer_matrices(module: nn.Module) -> set[int]:
     """Return the ``id`` of every parameter that Muon should train: what maps a layer's width.
 
     These are the weights of linear layers. Left out: tables of tokens (shared with the output
-    layer or not), the output layer, what never decays (gates), what is no matrix.
+    layer or not), the output layer, what never decays (gates), and what is no matrix, such as the
+    stacked matrices of experts, which torch's Muon does not take.
     """
-    tables = {
-        id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)
-    }  # fmt: skip
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     return {
         id(part.weight)
         for part in module.modules()

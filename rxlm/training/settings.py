@@ -41,8 +41,8 @@ class TrainSettings(Config):
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """``muon``: Muon for the matrices of layers, with AdamW's learning rate and weight decay; AdamW
-    for tables, gates, norms and biases. Made for GPUs: its products are bf16, which most CPUs
-    compute slowly. Not with DeepSpeed, which cuts matrices up."""
+    for tables, gates, norms, biases and experts. Made for GPUs: its products are bf16, which most
+    CPUs compute slowly. Not with DeepSpeed, which cuts matrices up."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
