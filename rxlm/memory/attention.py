@@ -256,12 +256,31 @@ class MemoryAttention(nn.Module):
             keys and values ``[L * B, T, G, K]``.
         """
         positions = token_positions(key_mask, states.shape[2], states.device)
-        phases = rotary_phases(
-            positions, self.settings.write_heads.head_dim, self.settings.rope_base
-        )
+        phases = self._phases(positions)
         if phases.dim() == 3:
             phases = phases.repeat(states.shape[0], 1, 1)
         return self.write_attention.project(self.source_norm(states), phases)
+
+    def project_real(self, states: Tensor, key_mask: Tensor) -> KeyValue:
+        """Do as :meth:`project` for real tokens only; what stands at padding is zero.
+
+        For many turns at once, whose padding (to the longest of all) is most of what there is.
+        """
+        num_layers = states.shape[0]
+        (real,) = key_mask.flatten().nonzero(as_tuple=True)
+        positions = token_positions(key_mask, states.shape[2], states.device)
+        phases = self._phases(positions.expand(key_mask.shape).flatten()[real])
+        packed = states.flatten(1, 2)[:, real]
+        projected = self.write_attention.project(self.source_norm(packed[:, None]), phases)
+
+        def spread(part: Tensor) -> Tensor:
+            rows = part.new_zeros(num_layers, key_mask.numel(), *part.shape[2:])
+            return rows.index_copy(1, real, part).unflatten(1, key_mask.shape).flatten(0, 1)
+
+        return KeyValue(*(spread(part) for part in projected))
+
+    def _phases(self, positions: Tensor) -> Tensor:
+        return rotary_phases(positions, self.settings.write_heads.head_dim, self.settings.rope_base)
 
     def write(self, slots: Tensor, encoded: KeyValue, key_mask: Tensor | None = None) -> Tensor:
         """Write one projected turn into the slots; arguments as in :meth:`forward`."""

@@ -104,7 +104,7 @@ def scan_memory(
         the memory before each turn and after the last, ``[L, (N + 1) * B, S, D]``, flat index
         ``m * B + b`` after m writes.
     """
-    key_value = memory_attention.project(encoded.states, encoded.mask)
+    key_value = memory_attention.project_real(encoded.states, encoded.mask)
     num_layers, batch_size = slots.shape[0], slots.shape[1]
     keys = key_value.key.unflatten(0, (num_layers, num_turns, batch_size))
     values = key_value.value.unflatten(0, (num_layers, num_turns, batch_size))

@@ -108,6 +108,26 @@ def test_projecting_ahead_equals_forward(pair: Any, make_memory: Maker) -> None:
         torch.testing.assert_close(ahead, one_by_one, atol=1e-5, rtol=1e-5)
 
 
+def test_projecting_real_tokens_only(make_memory: Maker) -> None:
+    """Catches tokens of several ragged turns put back in the wrong place or at the wrong position,
+    padding that is read, and a gradient that differs."""
+    memory = make_memory("simple", "classic-rms").double()
+    _, states = random_turn(batch_size=4, length=6)
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    for row, (start, end) in enumerate(((0, 6), (2, 5), (0, 0), (5, 6))):
+        mask[row, start:end] = True
+    results = []
+    for project in (memory.project, memory.project_real):
+        source = states.double().requires_grad_()
+        parts = project(source, mask)
+        kept = [part.unflatten(0, (4, 4))[:, mask] for part in parts]
+        (gradient,) = torch.autograd.grad(sum((part**3).sum() for part in kept), source)
+        results.append((*kept, gradient))
+    for whole, real in zip(*results, strict=True):
+        torch.testing.assert_close(real, whole)
+    assert not memory.project_real(states.double(), mask).key.unflatten(0, (4, 4))[:, ~mask].any()
+
+
 @pytest.mark.parametrize("competition", [False, True])
 @pytest.mark.parametrize("heads", [(2, 2), (2, 1), (1, 2)])
 def test_shown_weights_are_those_of_the_write(
