@@ -23,9 +23,9 @@ from rxlm.memory.attention import MemoryAttention
 from rxlm.nn.attention import KeyValue
 from rxlm.nn.checkpointing import recompute
 from rxlm.nn.recurrent_cache import CarriedState
-from rxlm.nn.turn_layout import TurnLayout
+from rxlm.nn.turn_layout import CHUNK_SIZE, TurnLayout
 from rxlm.rxt.components import RxTDecoder, RxTEncoder
-from rxlm.rxt.dialogues import GROUPS, DialogueBatch, Rows
+from rxlm.rxt.dialogues import GROUPS, DialogueBatch, Rows, least_padding
 
 Reader = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """Flat memories, int64 ``[R]`` -> what those rows read: slots ``[L, R, S, D]`` and a slot mask bool
@@ -54,12 +54,13 @@ class Answers(NamedTuple):
 class DecodedTurns(NamedTuple):
     """Every turn of a batch, read in order by a decoder that carries a state.
 
-    ``hidden``: ``[B, P, D]``, its tokens where ``layout`` says; ``carried``: what stood before each
-    turn and after the last, states ``[R, (N + 1) * B, HV, K, V]``, flat index as of the memories.
+    ``hidden``: ``[X, D]``, all tokens and some padding; ``start``: int64 ``[N * B]``, where in it
+    each flat turn begins; ``carried``: what stood before each turn and after the last, states
+    ``[R, (N + 1) * B, HV, K, V]``, flat index as of the memories.
     """
 
     hidden: Tensor
-    layout: TurnLayout
+    start: Tensor
     carried: CarriedState
 
 
@@ -106,14 +107,15 @@ def scan_memory(
     """
     key_value = memory_attention.project_real(encoded.states, encoded.mask)
     num_layers, batch_size = slots.shape[0], slots.shape[1]
-    keys = key_value.key.unflatten(0, (num_layers, num_turns, batch_size))
-    values = key_value.value.unflatten(0, (num_layers, num_turns, batch_size))
+    # One split for all turns: the backward pass of a slice fills all turns with zeros.
+    keys = key_value.key.unflatten(0, (num_layers, num_turns, batch_size)).unbind(1)
+    values = key_value.value.unflatten(0, (num_layers, num_turns, batch_size)).unbind(1)
     masks = encoded.mask.unflatten(0, (num_turns, batch_size))
     history = [slots]
     for turn in range(num_turns):
         if backprop_turns is not None and turn and turn % backprop_turns == 0:
             slots = slots.detach()
-        written = KeyValue(keys[:, turn].flatten(0, 1), values[:, turn].flatten(0, 1))
+        written = KeyValue(keys[turn].flatten(0, 1), values[turn].flatten(0, 1))
         if checkpoint_turns:
             slots = recompute(memory_attention.write, slots, written, masks[turn])
         else:
@@ -139,10 +141,24 @@ def decode_turns(
             the memory; None = never.
         checkpoint_turns: see the module.
     """
-    ids, layout = _turns_in_order(batch)
-    places = torch.arange(batch.num_turns * batch.num_dialogues, device=ids.device)
+    lengths = _turn_lengths(batch)
+    groups = _dialogues_alike(lengths)
+    layouts = [TurnLayout.of_lengths(lengths[:, group]) for group in groups]
+    flat = torch.arange(lengths.numel(), device=lengths.device).view_as(lengths)
+    start = torch.zeros_like(flat)
+    total = 0
+    for group, layout in zip(groups, layouts, strict=True):
+        own = torch.arange(layout.lengths.numel(), device=lengths.device)
+        start[:, group] = layout.index_of(own, torch.zeros_like(own)).view(-1, len(group)) + total
+        total += layout.mask.numel()
+    ids = lengths.new_zeros(total)
+    for rows in batch.encode:
+        row, position = rows.mask.nonzero(as_tuple=True)
+        ids[start.flatten()[rows.place[row]] + position] = rows.ids[row, position]
 
-    def decode(slots: Tensor, slot_mask: Tensor | None) -> tuple[Tensor, CarriedState]:
+    def decode(
+        ids: Tensor, layout: TurnLayout, slots: Tensor, slot_mask: Tensor | None
+    ) -> tuple[Tensor, CarriedState]:
         return decoder.forward_turns(
             ids,
             layout,
@@ -150,24 +166,62 @@ def decode_turns(
             backprop_turns=backprop_turns,
         )
 
-    read_at = read(places)
-    hidden, carried = recompute(decode, *read_at) if checkpoint_turns else decode(*read_at)
-    return DecodedTurns(hidden, layout, carried)
+    hidden: list[Tensor] = []
+    carried: list[CarriedState] = []
+    pieces = ids.split([layout.mask.numel() for layout in layouts])
+    for group, layout, piece in zip(groups, layouts, pieces, strict=True):
+        given = (piece.view_as(layout.mask), layout, *read(flat[:, group].flatten()))
+        part, state = recompute(decode, *given) if checkpoint_turns else decode(*given)
+        hidden.append(part.flatten(0, 1))
+        carried.append(state)
+    return DecodedTurns(torch.cat(hidden), start.flatten(), _in_order(carried, groups))
 
 
-def _turns_in_order(batch: DialogueBatch) -> tuple[Tensor, TurnLayout]:
-    """Return the ids of all turns ``[B, P]``, and where they stand."""
+_MOST_GROUPS = 3
+_WORTH_A_GROUP = 0.8
+
+
+def _dialogues_alike(lengths: Tensor) -> list[Tensor]:
+    """Share out dialogues, whose turns have ``lengths`` ``[N, B]``, into groups to be decoded.
+
+    A dialogue is padded to the longest of its group. One group, unless several save a fifth of all
+    tokens: each costs a scan of its own.
+    """
+    chunks = ((lengths + CHUNK_SIZE - 1) // CHUNK_SIZE).sum(dim=0)
+    # Dialogues without a turn go with the shortest one: a group needs a token.
+    sizes = chunks.clamp(min=int(chunks[chunks > 0].min())).tolist()
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    ordered = [sizes[index] for index in order]
+    ends = least_padding(ordered, _MOST_GROUPS)
+    spans = list(zip([0, *ends], ends, strict=False))
+    padded = sum((end - begin) * ordered[end - 1] for begin, end in spans)
+    if padded > _WORTH_A_GROUP * len(ordered) * ordered[-1]:
+        spans, order = [(0, len(order))], list(range(len(order)))
+    return [torch.tensor(order[begin:end], device=lengths.device) for begin, end in spans]
+
+
+def _in_order(parts: list[CarriedState], groups: list[Tensor]) -> CarriedState:
+    """Join what the groups carry, ``[R, (N + 1) * Bk, ...]``, in the order of all dialogues."""
+    if len(parts) == 1:
+        return parts[0]
+    back = torch.cat(groups).argsort()
+    sizes = [(-1, len(group)) for group in groups]
+    states = [part.states.unflatten(1, size) for part, size in zip(parts, sizes, strict=True)]
+    started = [part.started.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)]
+    return CarriedState(
+        torch.cat(states, dim=2).index_select(2, back).flatten(1, 2),
+        torch.cat(started, dim=1).index_select(1, back).flatten(),
+    )
+
+
+def _turn_lengths(batch: DialogueBatch) -> Tensor:
+    """Return the tokens of every turn, int64 ``[N, B]``."""
     lengths = torch.zeros(
         batch.num_turns * batch.num_dialogues, dtype=torch.long, device=batch.encode[0].ids.device
     )
     for rows in batch.encode:
         lengths[rows.place] = rows.mask.sum(dim=1)
-    layout = TurnLayout.of_lengths(lengths.unflatten(0, (batch.num_turns, batch.num_dialogues)))
-    ids = torch.zeros_like(layout.position)
-    for rows in batch.encode:
-        row, position = rows.mask.nonzero(as_tuple=True)
-        ids.view(-1)[layout.index_of(rows.place[row], position)] = rows.ids[row, position]
-    return ids, layout
+    return lengths.unflatten(0, (batch.num_turns, batch.num_dialogues))
 
 
 def answer_rows(
@@ -242,8 +296,7 @@ def _answer_in_order(
     is_probe = rows.group == GROUPS.index("probe")
     told = ~is_probe[row]
     told_row, told_position = row[told], position[told]
-    index = decoded.layout.index_of(rows.place[told_row], told_position)
-    hidden = decoded.hidden.flatten(0, 1)[index]
+    hidden = decoded.hidden[decoded.start[rows.place[told_row]] + told_position]
     answers = _answers(rows, decoder.logits(hidden), told_row, told_position)
     (probes,) = is_probe.nonzero(as_tuple=True)
     if not len(probes):
@@ -271,15 +324,22 @@ def answer_with_history(
     ``backprop_turns`` and ``checkpoint_turns`` are those of :func:`decode_turns`.
     """
     num_turns, batch_size = batch.num_turns, batch.num_dialogues
-    states = encoded.states.unflatten(1, (num_turns, batch_size))
     mask = encoded.mask.unflatten(0, (num_turns, batch_size))
+    states = encoded.states.flatten(1, 2)
+    number = torch.arange(encoded.mask.numel(), device=mask.device).view_as(mask)
 
     def read(places: Tensor) -> tuple[Tensor, Tensor | None]:
         turns, dialogue = places // batch_size, places % batch_size
-        slots = states[:, :, dialogue].transpose(1, 2).flatten(2, 3)
         earlier = torch.arange(num_turns, device=turns.device) < turns[:, None]
-        visible = mask[:, dialogue].transpose(0, 1) & earlier[..., None]
-        return slots, visible.flatten(1, 2)
+        visible = (mask[:, dialogue].transpose(0, 1) & earlier[..., None]).flatten(1)
+        numbers = number[:, dialogue].transpose(0, 1).flatten(1)
+        # Padded to the longest turn of all, a history is mostly padding: that is left out.
+        count = visible.sum(dim=1)
+        most = max(1, int(count.max()))
+        front = visible.sort(dim=1, descending=True, stable=True).indices[:, :most]
+        chosen = states.index_select(1, numbers.gather(1, front).flatten())
+        shown = torch.arange(most, device=turns.device) < count[:, None]
+        return chosen.unflatten(1, front.shape), shown
 
     return _answer_all(decoder, batch, read, backprop_turns, checkpoint_turns)
 

@@ -17,6 +17,7 @@ from rxlm.evaluation.answering import memory_of_own_answers, memory_of_reference
 from rxlm.evaluation.conditions import state_to_read
 from rxlm.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
 from rxlm.nn.linear_attention import LinearSelfAttention
+from rxlm.rxt import unroll
 from rxlm.rxt.dialogues import DialogueBatch, whole_dialogues
 from rxlm.rxt.reactive import ReactiveModel
 from rxlm.rxt.unroll import (
@@ -132,6 +133,36 @@ def test_a_ragged_batch_is_the_loop_over_turns(
         for n, wanted in enumerate(naive(model, tiny, dialogue, reads), start=first):
             torch.testing.assert_close(found.pop(n * len(made) + b), wanted, atol=3e-5, rtol=0)
     assert not found
+
+
+@pytest.mark.parametrize("reads", ["memory", "history"])
+def test_groups_of_dialogues_change_nothing(
+    tiny: Any, reads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches what the groups carry joined in another order than that of the dialogues, a gradient
+    that is lost between them, and a batch that is never shared out."""
+    model = carrying(tiny, LAYOUTS["add"])
+    batch = whole_dialogues(dialogues(tiny), tiny.turns, num_buckets=3)
+    lengths = unroll._turn_lengths(batch)
+    assert len(unroll._dialogues_alike(lengths)) == 3
+    nobody = torch.cat((lengths, torch.zeros_like(lengths[:, :1])), dim=1)
+    grouped = torch.cat(unroll._dialogues_alike(nobody))
+    assert sorted(grouped.tolist()) == [0, 1, 2, 3]
+    found = []
+    for most in (3, 1):
+        monkeypatch.setattr(unroll, "_MOST_GROUPS", most)
+        encoded = encode_turns(model.encoder, batch)
+        start = model.initial_memory(batch.num_dialogues)
+        memories = scan_memory(model.memory_attention, start, encoded, batch.num_turns)
+        reader = unroll.memory_reader(memories)
+        carried = unroll.decode_turns(model.decoder, batch, reader).carried
+        answers = answered(model, batch, reads)
+        values = [answers[place] for place in sorted(answers)]
+        loss = sum(value.square().mean() for value in values) + carried.states.square().mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        found.append((carried.started, carried.states, *values, *gradients))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=3e-5, rtol=1e-4)
 
 
 def objective_of(tiny: Any, model: ReactiveModel, **values: Any) -> Any:

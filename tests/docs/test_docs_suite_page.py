@@ -1,0 +1,85 @@
+"""The page of Micro: findings of several documents side by side, judged as the suite did."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from rxlm.evaluation.suite.findings import finding
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module scripts/suite_page.py, which imports its neighbour."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    spec = importlib.util.spec_from_file_location("suite_page", ROOT / "scripts/suite_page.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "suite_page", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def document(share: float, extra: bool) -> dict[str, Any]:
+    row = {
+        "group": "main", "kind": "recall", "unseen": "pairs", "distance": 4, "facts": 4,
+        "together": 1, "control": "M", "seed": 0, "n": 1000, "exact": share, "value": share,
+        "stale": 0.0, "declined": 0.0, "chance": 0.02,
+    }  # fmt: skip
+    found = [
+        finding("facts", "four_facts", "4 facts", share, goal=0.99),
+        finding("facts", "stale", "old value", 0.005, comparison="<=", goal=0.01),
+        finding("facts", "no_goal", "never shown", 0.5),
+    ]
+    babi = {"findings": [finding("babi", "qa1", "qa1", 0.5, goal=0.95)], "rows": []}
+    facts = {"findings": found, "rows": [row, {**row, "control": "Z", "exact": 0.0}]}
+    return {
+        "schema": "rxlm-suite/1",
+        "model": {"num_parameters": 1_400_000},
+        "environment": {"num_cpus": 2, "torch": "2"},
+        "settings": {"seeds": [0, 1, 2]},
+        "tests": {"facts": facts} | ({"babi": babi} if extra else {}),
+    }
+
+
+def test_one_column_a_model(script: ModuleType) -> None:
+    """Catches a column under another model's name, a mark of its own judgement, controls counted
+    as the memory, and a model that skipped a test and shifts the others."""
+    documents = {"mha": document(0.995, extra=False), "kda": document(0.5, extra=True)}
+    assert script.goals(documents).rows == [
+        ("T1 4 facts", ">= 99.0", "99.5 ✓", "50.0"),
+        ("T1 old value", "<= 1.0", "0.5 ✓", "0.5 ✓"),
+        ("T2 qa1", ">= 95.0", "-", "50.0"),
+    ]
+    assert script.goals(documents, ["stale"]).rows == [("old value", "<= 1.0", "0.5 ✓", "0.5 ✓")]
+    assert script.by_distance(documents).rows == [("4", "4", "99.5", "50.0", "2.0")]
+
+
+def test_files(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    """Catches a page or block that is not written, and a run without a document that is no clear
+    error."""
+    monkeypatch.setattr(script, "training_minutes", lambda run: 40.0)
+    for name in ("micro-mha", "micro-kda"):
+        (tmp_path / name).mkdir()
+        text = json.dumps(document(0.5, extra=True))
+        (tmp_path / name / "suite.json").write_text(text, encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text("# x\n<!-- micro:begin -->\nold\n<!-- micro:end -->\n", encoding="utf-8")
+    runs = [str(tmp_path / name) for name in ("micro-mha", "micro-kda")]
+    files = ["--page", str(tmp_path / "micro.md"), "--readme", str(readme)]
+    assert script.main([*runs, *files]) == 0
+    assert "| parameters | 1,400,000 | 1,400,000 |" in (tmp_path / "micro.md").read_text("utf-8")
+    assert "1.40 million" in readme.read_text("utf-8") and "old\n" not in readme.read_text("utf-8")
+    (tmp_path / "micro-kda" / "suite.json").unlink()
+    assert script.main([*runs, *files]) == 2
+    assert "micro-kda" in capsys.readouterr().err
