@@ -202,7 +202,9 @@ class DataConfig(Config):
                 f"data.text={self.text!r} and data.mixture: give one of the two (a mixture lists "
                 "all its texts)."
             )
-        if self.dialogue_mixture and self.model_fields_set & {"dialogues", "valid_dialogues"}:
+        # Not which fields were given: the recipe that a run keeps has them all.
+        named = self.dialogues != "builtin" or self.valid_dialogues is not None
+        if self.dialogue_mixture and named:
             raise UserError(
                 f"data.dialogues={self.dialogues!r} or data.valid_dialogues="
                 f"{self.valid_dialogues!r} beside data.dialogue_mixture: a mixture lists all its "

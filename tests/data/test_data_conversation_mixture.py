@@ -81,11 +81,20 @@ def test_configuration_opens_each_with_its_own_validation(tmp_path: Path) -> Non
     assert "builtin" in source.name and "some.train.jsonl" in source.name
 
 
+def test_what_a_run_keeps_can_be_read_again() -> None:
+    """Catches a configuration that is refused once its defaults are written out: such a run could
+    not be resumed."""
+    config = DataConfig.parse({"dialogue_mixture": [{"dialogues": "builtin", "weight": 1}]}, "data")
+    assert DataConfig.parse(config.model_dump(mode="json"), "data") == config
+
+
 def test_two_ways_to_name_sources_are_refused() -> None:
     """Catches a source that is named and never read."""
     item = {"dialogues": "builtin", "weight": 1}
     with pytest.raises(UserError, match=r"data.dialogues='a.jsonl'.*leave the other two out"):
         DataConfig.parse({"dialogues": "a.jsonl", "dialogue_mixture": [item]}, "data")
+    with pytest.raises(UserError, match=r"valid_dialogues='b.jsonl'.*leave the other two out"):
+        DataConfig.parse({"valid_dialogues": "b.jsonl", "dialogue_mixture": [item]}, "data")
     with pytest.raises(UserError, match="1 sources and 2 weights"):
         MixedConversations([GeneratedConversations(DialogueGenerator())], [1.0, 2.0])
     assert not DataConfig(dialogues="a.jsonl").reads_builtin
