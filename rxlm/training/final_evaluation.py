@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rxlm.data.conversation_mixture import MixedConversations
 from rxlm.data.conversation_source import BUILTIN, ConversationList, DataConfig, open_conversations
 from rxlm.data.conversations import Conversation
-from rxlm.data.generator import DialogueGenerator
+from rxlm.data.generator import DialogueGenerator, GeneratorConfig
 from rxlm.errors import UserError
 from rxlm.evaluation.card import write_results_card
 from rxlm.evaluation.perplexity import (
@@ -51,7 +51,8 @@ class Measured(NamedTuple):
 def recall_settings(recipe: Recipe) -> RecallSettings:
     """Return the recall test of a recipe, on the dialogues that it trains on."""
     settings = recipe.evaluation.recall
-    if "generator" in settings.model_fields_set:
+    # Not whether it was given: the recipe that a run keeps has the defaults written out.
+    if settings.generator != GeneratorConfig():
         return settings
     return settings.model_copy(update={"generator": recipe.data.generator})
 
