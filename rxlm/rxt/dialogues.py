@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rxlm.data.conversations import Conversation, Interaction
+from rxlm.data.length_buckets import length_buckets
 from rxlm.errors import UserError
 from rxlm.tokenization import Tokenizer
 from rxlm.tokenization.template import EncodedTurn, encode_system, render_parts
@@ -63,8 +64,6 @@ class Row(NamedTuple):
 #: Kinds of answers that are measured apart.
 GROUPS = ("chat", "recall", "unknown", "probe")
 
-_MOST_CUTS = 64
-
 _GROUP_OF_KIND = {"question": "recall", "unknown": "unknown"}
 
 
@@ -76,50 +75,13 @@ def group_of(interaction: Interaction) -> int:
 def bucketed(rows: Sequence[Row], num_buckets: int, pad_id: int) -> tuple[Rows, ...]:
     """Sort rows by length and pad them to the longest of their bucket.
 
-    The cuts are those that leave the least padding, so a few long rows have a bucket of their own.
-
     Args:
         rows: any number of rows, also none.
         num_buckets: into how many buckets to cut at most.
         pad_id: filler; never read.
     """
-    if not rows:
-        return ()
-    ordered = sorted(rows, key=lambda row: len(row.turn.ids))
-    ends = least_padding([len(row.turn.ids) for row in ordered], num_buckets)
-    return tuple(
-        _pad(ordered[start:end], pad_id) for start, end in zip([0, *ends], ends, strict=False)
-    )
-
-
-def least_padding(lengths: Sequence[int], num_buckets: int) -> list[int]:
-    """Return where to cut ascending ``lengths`` into buckets that need the least padding.
-
-    Exact up to 64 different lengths; of more, 32 evenly spread cuts and those at the 32 widest
-    steps in length are tried.
-
-    Returns:
-        the end of each bucket, ascending; at most ``num_buckets`` of them, the last is
-        ``len(lengths)``. A bucket is as long as its last row.
-    """
-    places = [i + 1 for i in range(len(lengths) - 1) if lengths[i] < lengths[i + 1]]
-    if len(places) > _MOST_CUTS:
-        widest = sorted(places, key=lambda i: lengths[i - 1] - lengths[i])[: _MOST_CUTS // 2]
-        spread = places[:: -(-len(places) // (_MOST_CUTS // 2))]
-        places = sorted({*widest, *spread})
-    places = [0, *places, len(lengths)]
-    # cost[e]: tokens of the cheapest buckets of all rows before places[e]; cuts[e]: their ends.
-    cost = [0] + [end * lengths[end - 1] for end in places[1:]]
-    cuts: list[list[int]] = [[]] + [[end] for end in places[1:]]
-    for _ in range(num_buckets - 1):
-        for e in range(len(places) - 1, 1, -1):
-            end, length = places[e], lengths[places[e] - 1]
-            # Up to e - 1 still one bucket fewer: e runs down.
-            best = min(range(e), key=lambda s: cost[s] + (end - places[s]) * length)
-            total = cost[best] + (end - places[best]) * length
-            if total < cost[e]:
-                cost[e], cuts[e] = total, [*cuts[best], end]
-    return cuts[-1]
+    buckets = length_buckets(rows, num_buckets, lambda row: len(row.turn.ids))
+    return tuple(_pad(bucket, pad_id) for bucket in buckets)
 
 
 def _pad(rows: Sequence[Row], pad_id: int) -> Rows:

@@ -19,13 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rxlm.data.length_buckets import length_buckets
 from rxlm.memory.attention import MemoryAttention
 from rxlm.nn.attention import KeyValue
 from rxlm.nn.checkpointing import recompute
 from rxlm.nn.recurrent_cache import CarriedState
 from rxlm.nn.turn_layout import CHUNK_SIZE, TurnLayout
 from rxlm.rxt.components import RxTDecoder, RxTEncoder
-from rxlm.rxt.dialogues import GROUPS, DialogueBatch, Rows, least_padding
+from rxlm.rxt.dialogues import GROUPS, DialogueBatch, Rows
 
 Reader = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """Flat memories, int64 ``[R]`` -> what those rows read: slots ``[L, R, S, D]`` and a slot mask bool
@@ -190,14 +191,11 @@ def _dialogues_alike(lengths: Tensor) -> list[Tensor]:
     chunks = ((lengths + CHUNK_SIZE - 1) // CHUNK_SIZE).sum(dim=0)
     # Dialogues without a turn go with the shortest one: a group needs a token.
     sizes = chunks.clamp(min=int(chunks[chunks > 0].min())).tolist()
-    order = sorted(range(len(sizes)), key=sizes.__getitem__)
-    ordered = [sizes[index] for index in order]
-    ends = least_padding(ordered, _MOST_GROUPS)
-    spans = list(zip([0, *ends], ends, strict=False))
-    padded = sum((end - begin) * ordered[end - 1] for begin, end in spans)
-    if padded > _WORTH_A_GROUP * len(ordered) * ordered[-1]:
-        spans, order = [(0, len(order))], list(range(len(order)))
-    return [torch.tensor(order[begin:end], device=lengths.device) for begin, end in spans]
+    groups = length_buckets(range(len(sizes)), _MOST_GROUPS, sizes.__getitem__)
+    padded = sum(len(group) * sizes[group[-1]] for group in groups)
+    if padded > _WORTH_A_GROUP * len(sizes) * max(sizes):
+        groups = [list(range(len(sizes)))]
+    return [torch.tensor(group, device=lengths.device) for group in groups]
 
 
 def _in_order(parts: list[CarriedState], groups: list[Tensor]) -> CarriedState:

@@ -5,9 +5,6 @@ Not here: what the model does with them (test_rxt_unroll).
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-
 import pytest
 import torch
 from hypothesis import given
@@ -24,7 +21,6 @@ from rxlm.rxt.dialogues import (
     bucketed,
     dialogue_batch,
     group_of,
-    least_padding,
     whole_dialogues,
 )
 from rxlm.tokenization import Tokenizer
@@ -138,29 +134,6 @@ def test_buckets_share_out_rows_by_length(lengths: list[int], num_buckets: int) 
     expected = [(row.place, row.turn.ids, row.turn.ids[len(row.turn.ids) // 2 :], row.group)
                 for row in rows]  # fmt: skip
     assert content(buckets) == expected
-
-
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=9), num_buckets=st.integers(1, 5))
-def test_cuts_leave_the_least_padding(lengths: list[int], num_buckets: int) -> None:
-    """Catches cuts that are not the best of all possible ones."""
-    lengths = sorted(lengths)
-
-    def padded(ends: Sequence[int]) -> int:
-        return sum((e - s) * lengths[e - 1] for s, e in zip([0, *ends], ends, strict=False))
-
-    found = least_padding(lengths, num_buckets)
-    assert found == sorted(set(found)) and found[-1] == len(lengths)
-    count = min(num_buckets, len(lengths))
-    every = itertools.combinations(range(1, len(lengths)), count - 1)
-    assert padded(found) == min(padded([*inner, len(lengths)]) for inner in every)
-
-
-def test_cuts_of_many_lengths() -> None:
-    """Catches time that grows with the square of the number of lengths, and a long row that
-    lengthens all others: 3,000 different lengths and one outlier."""
-    lengths = [*range(1, 3001), 100_000]
-    ends = least_padding(lengths, 3)
-    assert ends[-2:] == [3000, 3001] and 1000 < ends[0] < 2000
 
 
 def test_a_turn_that_does_not_fit_is_refused(tiny_tokenizer: Tokenizer) -> None:

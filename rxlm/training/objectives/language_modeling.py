@@ -12,15 +12,16 @@ Shapes: R rows of a bucket, T tokens of its longest row, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rxlm.configuration import Config
+from rxlm.data.length_buckets import length_buckets
 from rxlm.errors import UserError
 from rxlm.lm.language_model import LanguageModel
 from rxlm.ops.padding import padded
@@ -31,8 +32,6 @@ from rxlm.training.objectives.row_windows import RowSource
 from rxlm.training.objectives.stream_rows import StreamRows
 from rxlm.training.watch import Watched, WatchSettings
 from rxlm.training.watching.samples import continued_texts
-
-_RowType = TypeVar("_RowType")
 
 NOT_ARCHITECTURE = ("dropout", "init_std", "max_seq_len")
 """Fields of the configuration that weights do not depend on (``max_seq_len`` does count for
@@ -97,7 +96,7 @@ class LMRows(NamedTuple):
 
 def bucketed_rows(rows: Sequence[Sequence[int]], num_buckets: int, pad_id: int) -> list[LMRows]:
     """Sort rows by length and pad them to the longest of their bucket."""
-    return [LMRows(*padded(part, pad_id)) for part in _buckets(rows, num_buckets, len)]
+    return [LMRows(*padded(part, pad_id)) for part in length_buckets(rows, num_buckets, len)]
 
 
 def packed_rows(
@@ -105,7 +104,7 @@ def packed_rows(
 ) -> list[LMRows]:
     """Like :func:`bucketed_rows`, for rows of several pieces each."""
     buckets = []
-    for part in _buckets(rows, num_buckets, lambda row: sum(map(len, row))):
+    for part in length_buckets(rows, num_buckets, lambda row: sum(map(len, row))):
         ids, mask = padded([[token for piece in row for token in piece] for row in part], pad_id)
         numbers = [
             [number for number, piece in enumerate(row, start=1) for _ in piece] for row in part
@@ -119,7 +118,7 @@ def dialogue_rows(
 ) -> list[LMRows]:
     """Like :func:`bucketed_rows`, for conversations of several turns each, joined to a row."""
     buckets = []
-    for part in _buckets(rows, num_buckets, lambda row: sum(len(turn.ids) for turn in row)):
+    for part in length_buckets(rows, num_buckets, lambda row: sum(len(turn.ids) for turn in row)):
         ids, mask = padded([[token for turn in row for token in turn.ids] for row in part], pad_id)
         learned = [
             [int(place >= turn.answer_start) for turn in row for place in range(len(turn.ids))]
@@ -127,14 +126,6 @@ def dialogue_rows(
         ]
         buckets.append(LMRows(ids, mask, None, padded(learned, 0)[0].bool()))
     return buckets
-
-
-def _buckets(
-    rows: Sequence[_RowType], num_buckets: int, length: Callable[[_RowType], int]
-) -> list[list[_RowType]]:
-    ordered = sorted(rows, key=length)
-    size = -(-len(ordered) // num_buckets)
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def next_token_losses(model: LanguageModel, rows: LMRows) -> tuple[Tensor, Tensor]:
