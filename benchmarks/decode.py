@@ -146,7 +146,7 @@ def groups(
     results: Results,
 ) -> list[dict[Key, Call]]:
     """Return the calls of one number of threads; those that are compared are in one group."""
-    made: list[dict[Key, Call]] = [bandwidth_calls(threads)]
+    made: list[dict[Key, Call]] = [bandwidth_calls(threads, size)]
     for rows in options.rows:
         for new in options.new:
             read = bytes_of_a_step(model, rows, PROMPT + new / 2)
@@ -175,7 +175,7 @@ def groups(
     return made
 
 
-def bandwidth_calls(threads: int) -> dict[Key, Call]:
+def bandwidth_calls(threads: int, size: str) -> dict[Key, Call]:
     """Return what reads and writes memory as fast as the machine does, beyond its caches."""
     one, two, three = (torch.ones(LARGE // 4) for _ in range(3))
 
@@ -183,9 +183,9 @@ def bandwidth_calls(threads: int) -> dict[Key, Call]:
         return torch.add(one, two, alpha=3.0, out=three)
 
     return {
-        Key("bandwidth", threads, 0, 2 * LARGE, COPY): lambda: two.copy_(one),
-        Key("bandwidth", threads, 0, 3 * LARGE, TRIAD): triad,
-        Key("bandwidth", threads, 0, LARGE, GEMV): product(LARGE),
+        Key("bandwidth", threads, 0, 2 * LARGE, COPY, size): lambda: two.copy_(one),
+        Key("bandwidth", threads, 0, 3 * LARGE, TRIAD, size): triad,
+        Key("bandwidth", threads, 0, LARGE, GEMV, size): product(LARGE),
     }
 
 

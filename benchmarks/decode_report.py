@@ -22,8 +22,8 @@ REFERENCE = (
 
 class Key(NamedTuple):
     """What a sample belongs to. ``tokens``: written (task 'turn'), read (task 'first token'), or
-    bytes (task 'bandwidth'). ``size``: of the model, a folder of ``stages/``; of bandwidth that
-    every size shares, none."""
+    bytes (task 'bandwidth'). ``size``: of the model, a folder of ``stages/``; bandwidth is measured
+    in the rounds of each size."""
 
     task: str
     threads: int
@@ -58,8 +58,8 @@ def bound(results: Results, key: Key) -> tuple[float, float]:
     fastest = max(
         other.tokens / quartiles(seconds).median
         for other, seconds in results.seconds.items()
-        if other[:2] == ("bandwidth", key.threads)
-        and (other.rows, other.size) in ((0, ""), (key.rows, key.size))
+        if (other.task, other.threads, other.size) == ("bandwidth", key.threads, key.size)
+        and other.rows in (0, key.rows)
     )
     return key.rows * fastest / results.step_bytes[key.size, key.rows, key.tokens], fastest
 
@@ -143,8 +143,8 @@ def page(results: Results, command: str) -> str:
         if key.task == "bandwidth":
             lower, median, upper = quartiles(samples)
             values = Quartiles(*(key.tokens / x / 1e9 for x in (upper, median, lower)))
-            where = (str(key.threads), str(key.rows or ""), f"{key.tokens / 2**20:,.0f}")
-            machine.append((*where, key.contender, times(values)))
+            where = (key.size, str(key.threads), str(key.rows or ""))
+            machine.append((*where, f"{key.tokens / 2**20:,.0f}", key.contender, times(values)))
     limits = []
     for key in turns(results):
         if key.contender == OURS:
@@ -210,7 +210,7 @@ def page(results: Results, command: str) -> str:
                 "", ("size", "threads", "rows", "tokens", "MiB a step", "GB/s", "tokens/s"), limits
             )
         ),
-        markdown_table(Table("", ("threads", "rows", "MiB", "", "GB/s"), machine)),
+        markdown_table(Table("", ("size", "threads", "rows", "MiB", "", "GB/s"), machine)),
     ]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
