@@ -67,6 +67,10 @@ class MemoryAwareSettings(Config):
     chat_answers: float = 0.2
     """Share of the turns without a question whose answers are predicted. The rest is only
     written: most of the signal is in the questions. Data without questions predicts all."""
+    chat_weight: float = Field(default=1.0, gt=0)
+    """Weight in the loss of a token of an answer that no question asked for (small talk; all of
+    data without questions). What people say is mostly no matter of memory, and would be most of
+    the gradient."""
     distillation: float = Field(default=0.0, ge=0)
     """Weight of the divergence, at every target, of the answers read from memory from those of the
     same model reading the history, as it is now; costs a second decoding. Not in phases that read
@@ -168,7 +172,7 @@ class MemoryAwareObjective(ModelObjective):
         return sum(int(rows.targets[:, 1:].sum()) for rows in batch.answer)
 
     def loss(self, batch: DialogueBatch, step: int) -> StepOutput:
-        """Return the mean cross-entropy over target tokens."""
+        """Return the mean over target tokens of the cross-entropy times the token's weight."""
         index, phase = self.curriculum.phase(step)
         with record_routing() as routing:
             encoded = encode_turns(self.model.encoder, batch)
@@ -179,15 +183,19 @@ class MemoryAwareObjective(ModelObjective):
             return StepOutput(nothing, 0, {}, batch.num_tokens)
         logits = torch.cat([item.logits for item in answers])
         labels = torch.cat([item.labels for item in answers])
-        loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+        losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
         metrics: dict[str, Tensor | float] = {"phase": float(index)}
         with torch.no_grad():
             exact, group = _exact_and_group(answers)
             asked = group != GROUPS.index("chat") if self.train_source.has_probes else group >= 0
             num_asked = int(asked.sum())
             metrics["accuracy"] = exact[asked].float().mean() if num_asked else math.nan
-            metrics["perplexity"] = loss.detach().exp()
+            metrics["perplexity"] = losses.detach().mean().exp()
         weights = {"accuracy": num_asked}
+        if self.settings.chat_weight != 1.0:
+            chat = torch.cat([item.group[item.row] for item in answers]) == GROUPS.index("chat")
+            losses = torch.where(chat, self.settings.chat_weight * losses, losses)
+        loss = losses.mean()
         if self.settings.distillation and phase.reads == "memory":
             divergence = _divergence(logits, self._oracle_logits(batch, encoded))
             metrics["distillation"] = divergence.detach()
