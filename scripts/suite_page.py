@@ -20,16 +20,18 @@ from typing import Any
 from update_readme import README, fill, training_minutes
 
 from rxlm.errors import RunError, UserError
-from rxlm.evaluation.result_tables import NO_VALUE, percent
-from rxlm.evaluation.suite.facts import mean_chance, pooled, select
+from rxlm.evaluation.suite.comparison import (
+    CHECK,
+    check_same_questions,
+    compared_goals,
+    compared_recall,
+)
 from rxlm.evaluation.suite.runner import read_suite
-from rxlm.evaluation.suite.settings import TEST_TITLES
 from rxlm.evaluation.tables import Table, markdown_table
 from rxlm.storage.files import write_bytes
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "micro.md"
 SUITE_FILE = "suite.json"
-CHECK = "✓"
 SHOWN = ("one_fact_near", "four_facts", "eight_facts_at_8", "updated", "after_24", "after_64",
          "unseen_words", "false_recall", "Z_minus_chance", "X_minus_chance")  # fmt: skip
 """Findings of the README's table."""
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         documents = {name_of(run): read_suite(run / SUITE_FILE) for run in options.runs}
         minutes = {name_of(run): training_minutes(run) for run in options.runs}
+        check_same_questions(documents)
         text = page(documents, minutes, [run.name for run in options.runs], options.beside)
         readme = options.readme.read_text(encoding="utf-8")
         filled = fill(readme, {"micro": block(documents, minutes)})
@@ -86,18 +89,18 @@ def page(
         f"{f', {beside} beside it' if beside else ''}, torch {environment['torch']}.",
         "## What was asked, and what came out",
         f"{CHECK}: met. Shares in percent.",
-        markdown_table(goals(documents)).rstrip(),
+        markdown_table(plain(compared_goals(documents))).rstrip(),
         "## Facts by distance",
         "Percent right word for word, memory on; no value asked for was told for its kind of fact "
         "in training.",
-        markdown_table(by_distance(documents)).rstrip(),
+        markdown_table(plain(compared_recall(documents))).rstrip(),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def block(documents: Mapping[str, Any], minutes: Mapping[str, float]) -> str:
     """Return the README's block: the facts, in short."""
-    table = goals(documents, SHOWN)
+    table = plain(compared_goals(documents, SHOWN))
     trained = f"{min(minutes.values()):.0f} to {max(minutes.values()):.0f}"
     sizes = [document["model"]["num_parameters"] for document in documents.values()]
     count = f"{min(sizes) / 1e6:.2f}" + (
@@ -116,6 +119,11 @@ def block(documents: Mapping[str, Any], minutes: Mapping[str, float]) -> str:
     )
 
 
+def plain(table: Table) -> Table:
+    """Return a table without its note, which the text around it says."""
+    return table._replace(note="")
+
+
 def models(documents: Mapping[str, Any], minutes: Mapping[str, float]) -> Table:
     """Return sizes and times."""
     sizes = [f"{document['model']['num_parameters']:,}" for document in documents.values()]
@@ -125,58 +133,6 @@ def models(documents: Mapping[str, Any], minutes: Mapping[str, float]) -> Table:
         ("", *documents),
         [("parameters", *sizes), ("minutes of training steps", *times)],
     )
-
-
-def goals(documents: Mapping[str, Any], only: Sequence[str] = ()) -> Table:
-    """Return every finding with a goal (or those of ``only``), a column a model."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for name, document in documents.items():
-        for result in document["tests"].values():
-            for item in result["findings"]:
-                if item["goal"] is not None and (not only or item["name"] in only):
-                    found.setdefault((item["test"], item["name"]), {})[name] = item
-    body = []
-    for (test, _), by_model in found.items():
-        any_of = next(iter(by_model.values()))
-        sign = "within " if any_of["comparison"] == "within" else f"{any_of['comparison']} "
-        cells = [_cell(by_model.get(name)) for name in documents]
-        label = any_of["label"] if only else f"{TEST_TITLES[test][:2]} {any_of['label']}"
-        body.append((label, f"{sign}{_number(any_of['goal'], any_of['unit'])}", *cells))
-    return Table("", ("", "asked", *documents), body)
-
-
-def _cell(item: Mapping[str, Any] | None) -> str:
-    if item is None or item["value"] is None:
-        return NO_VALUE
-    text = _number(item["value"], item["unit"])
-    return f"{text} {CHECK}" if item["passed"] else text
-
-
-def _number(value: float, unit: str) -> str:
-    if unit == "share":
-        return percent(value)
-    return f"{value:+.3f}" if unit == "nats" else f"{value:.2f}"
-
-
-def by_distance(documents: Mapping[str, Any]) -> Table:
-    """Return recall of the main and the long test, a column a model."""
-    rows = {
-        name: [
-            row
-            for row in document["tests"]["facts"]["rows"]
-            if row["group"] in ("main", "long") and row["control"] == "M"
-        ]
-        for name, document in documents.items()
-        if "facts" in document["tests"]
-    }
-    keys = sorted({(row["facts"], row["distance"]) for own in rows.values() for row in own})
-    body = []
-    for count, distance in keys:
-        parts = [select(own, facts=count, distance=distance) for own in rows.values()]
-        cells = [percent(pooled(part).mean) if part else NO_VALUE for part in parts]
-        chance = percent(mean_chance(next(part for part in parts if part)))
-        body.append((str(count), str(distance), *cells, chance))
-    return Table("", ("facts", "turns ago", *rows, "chance"), body)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def register(app: typer.Typer) -> None:
     family.command("perplexity")(perplexity)
     family.command("lm")(language_model)
     family.command("suite")(suite)
+    family.command("compare")(compare)
     app.add_typer(family, name="eval")
 
 
@@ -257,6 +258,43 @@ def suite(
         console.results().print(rich_table(table))
     for line in (verdict(document), baseline_note(document), provenance(document)):
         console.results().print(line, markup=False, highlight=False)
+
+
+def compare(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="What rxlm eval suite --json wrote.")
+    ],
+    names: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...", help="Names of the columns.  [default: the models' folders]"
+        ),
+    ] = None,
+) -> None:
+    """Set the suite's results of several models side by side.
+
+    They must have been asked the same questions; tests that only some have run stay in the table.
+
+    Example: rxlm eval compare runs/a/suite.json runs/b/suite.json --names kda,gated_deltanet
+    """
+    from rxlm.errors import UserError
+    from rxlm.evaluation.suite.comparison import comparison_tables
+    from rxlm.evaluation.suite.runner import read_suite
+    from rxlm.evaluation.tables import rich_table
+
+    read = [read_suite(file) for file in files]
+    given = [
+        document["model"]["name"] or str(file) for document, file in zip(read, files, strict=True)
+    ]
+    if names is not None:
+        given = [name.strip() for name in names.split(",")]
+    if len(given) != len(read) or len(set(given)) < len(given):
+        raise UserError(
+            f"{len(read)} files and the columns {', '.join(given)}: give --names, one for each "
+            "file, all different."
+        )
+    for table in comparison_tables(dict(zip(given, read, strict=True))):
+        console.results().print(rich_table(table))
 
 
 def real_data() -> Path | None:

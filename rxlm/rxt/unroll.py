@@ -334,7 +334,7 @@ def answer_with_history(
         # Padded to the longest turn of all, a history is mostly padding: that is left out.
         count = visible.sum(dim=1)
         most = max(1, int(count.max()))
-        front = visible.sort(dim=1, descending=True, stable=True).indices[:, :most]
+        front = visible.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
         chosen = states.index_select(1, numbers.gather(1, front).flatten())
         shown = torch.arange(most, device=turns.device) < count[:, None]
         return chosen.unflatten(1, front.shape), shown

@@ -92,7 +92,8 @@ def test_suite_writes_its_files_and_goes_on(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches options that are ignored, and finished tests that are run again."""
+    """Catches options that are ignored, finished tests that are run again, and a comparison of
+    documents in columns that cannot be told apart."""
     monkeypatch.delenv("RXLM_DATA", raising=False)
     files = ["--json", str(tmp_path / "s.json"), "--html", str(tmp_path / "s.html")]
     words = [
@@ -112,6 +113,13 @@ def test_suite_writes_its_files_and_goes_on(
     again = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
     assert again["tests"]["facts"]["seconds"] == seconds
     assert list(again["tests"]) == ["babi", "facts"]
+    capsys.readouterr()
+    both = [str(tmp_path / "s.json"), str(tmp_path / "s.json")]
+    assert main(["eval", "compare", *both]) == 2
+    assert "--names" in capsys.readouterr().err
+    assert main(["eval", "compare", *both, "--names", "one,two"]) == 0
+    shown = capsys.readouterr().out
+    assert "one" in shown and "two" in shown and "turns ago" in shown
     monkeypatch.setenv("RXLM_DATA", str(tmp_path / "nowhere"))
     assert main([*command, "--tests", "babi"]) == 2
     assert "RXLM_DATA" in capsys.readouterr().err

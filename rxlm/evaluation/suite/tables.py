@@ -75,15 +75,16 @@ def _finding_cells(item: Finding) -> tuple[str, ...]:
         judged = MET if passed else NOT_MET
     return (
         item["label"],
-        _number(item["value"], item["unit"]),
+        shown_number(item["value"], item["unit"]),
         _range(item["low"], item["high"], item["unit"]),
         _range(item["seed_min"], item["seed_max"], item["unit"]),
-        NO_VALUE if goal is None else f"{sign}{_number(goal, item['unit'])}",
+        NO_VALUE if goal is None else f"{sign}{shown_number(goal, item['unit'])}",
         judged,
     )
 
 
-def _number(value: float | None, unit: str) -> str:
+def shown_number(value: float | None, unit: str) -> str:
+    """Return a number of a finding as text."""
     if value is None:
         return NO_VALUE
     if unit == "share":
@@ -94,7 +95,7 @@ def _number(value: float | None, unit: str) -> str:
 def _range(low: float | None, high: float | None, unit: str) -> str:
     if low is None or high is None:
         return NO_VALUE
-    return f"{_number(low, unit)} .. {_number(high, unit)}"
+    return f"{shown_number(low, unit)} .. {shown_number(high, unit)}"
 
 
 def _control_cells(rows: Sequence[Any], share: Any) -> list[str]:
