@@ -219,7 +219,7 @@ def check_overrides(names: list[str], values: dict[str, Any]) -> None:
         read_recipe(ROOT / recipe, overrides)
     elif recipe is not None and (ROOT / recipe).is_dir():
         read_folder(ROOT / recipe, overrides)
-    elif names[:1] == ["eval"]:
+    elif names[:1] == ["eval"] and overrides:
         settings = {
             "recall": RecallSettings(),
             "perplexity": PerplexitySettings(),
