@@ -1,12 +1,15 @@
 """Writes docs/benchmarks/micro.md and the README's table of Micro from documents of the suite.
 
-    for type in mha gated_deltanet kda md_gdn; do
-        rxlm pipeline run stages/micro --out runs/micro-$type model.decoder.self_att_type=$type
-        rxlm eval suite runs/micro-$type --json runs/micro-$type/suite.json
+    rxlm pipeline run stages/micro --out runs/micro-mha --no-eval
+    rxlm pipeline run stages/micro --out runs/micro-md_gdn --no-eval \\
+        model.decoder.self_att_type=md_gdn model.decoder.ff_dim=232 memory_aware.train.lr=1.5e-3
+    for run in runs/micro-*; do
+        rxlm eval suite $run --json $run/suite.json --tests facts,babi,dialogues
     done
-    python scripts/suite_page.py runs/micro-mha runs/micro-gated_deltanet ...
+    python scripts/suite_page.py runs/micro-mha runs/micro-md_gdn
 
-One column a run, one row a finding with a goal. No number on the page is written by hand.
+One column a run, one row a finding with a goal. No number on the page is written by hand. A
+run that was stopped before its end is shown as such.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from update_readme import README, fill, training_minutes
+from update_readme import README, fill
 
 from rxlm.errors import RunError, UserError
 from rxlm.evaluation.suite.comparison import (
@@ -29,12 +32,24 @@ from rxlm.evaluation.suite.comparison import (
 from rxlm.evaluation.suite.runner import read_suite
 from rxlm.evaluation.tables import Table, markdown_table
 from rxlm.storage.files import write_bytes
+from rxlm.training.recipes import LMRecipe, TokenizerRecipe, read_recipe
+from rxlm.training.run_folder import read_status
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "micro.md"
 SUITE_FILE = "suite.json"
 SHOWN = ("one_fact_near", "four_facts", "eight_facts_at_8", "updated", "after_24", "after_64",
          "unseen_words", "false_recall", "Z_minus_chance", "X_minus_chance")  # fmt: skip
 """Findings of the README's table."""
+
+
+class Training(NamedTuple):
+    """How a run was trained: ``updates`` of ``planned`` in the last stage, minutes in all."""
+
+    updates: int
+    planned: int
+    learning_rate: float
+    minutes: float
+    ff_dim: int
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,14 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="where to write")
     parser.add_argument("--readme", type=Path, default=README, help="the file with the block")
     parser.add_argument("--beside", default="", help="what else ran on the machine")
+    parser.add_argument(
+        "--paused", type=float, default=0.0, help="minutes that each training was suspended"
+    )
     options = parser.parse_args(arguments)
     try:
         documents = {name_of(run): read_suite(run / SUITE_FILE) for run in options.runs}
-        minutes = {name_of(run): training_minutes(run) for run in options.runs}
+        trained = {name_of(run): training_of(run, options.paused) for run in options.runs}
         check_same_questions(documents)
-        text = page(documents, minutes, [run.name for run in options.runs], options.beside)
+        names = " ".join(f"runs/{run.name}" for run in options.runs)
+        names += f" --beside '{options.beside}'" * bool(options.beside)
+        names += f" --paused {options.paused:g}" * bool(options.paused)
+        text = page(documents, trained, names, options.beside)
         readme = options.readme.read_text(encoding="utf-8")
-        filled = fill(readme, {"micro": block(documents, minutes)})
+        filled = fill(readme, {"micro": block(documents, trained)})
         write_bytes(options.page, text.encode("utf-8"))
         write_bytes(options.readme, filled.encode("utf-8"))
     except UserError as error:
@@ -69,22 +90,37 @@ def name_of(run: Path) -> str:
     return run.name.partition("-")[2] or run.name
 
 
+def training_of(run: Path, paused: float) -> Training:
+    """Return how the pipeline in ``run`` was trained; ``paused`` minutes are no training.
+
+    Raises:
+        UserError: if it has no stage that trained a model.
+    """
+    folders = sorted(path for path in run.glob("[0-9]*_*") if path.is_dir())
+    statuses = [status for path in folders if (status := read_status(path)) is not None]
+    recipe = read_recipe(folders[-1] / "config.yaml").recipe if folders else None
+    if recipe is None or isinstance(recipe, TokenizerRecipe | LMRecipe):
+        raise UserError(f"{run} holds no stages of a model: run 'rxlm pipeline run' first.")
+    minutes = sum(status.seconds for status in statuses) / 60 - paused
+    decoder = recipe.model.decoder if recipe.model is not None else None
+    ff_dim = 0 if decoder is None or decoder.ff_dim is None else decoder.ff_dim
+    return Training(statuses[-1].step, recipe.train.steps, recipe.train.lr, minutes, ff_dim)
+
+
 def page(
-    documents: Mapping[str, Any], minutes: Mapping[str, float], runs: Sequence[str], beside: str
+    documents: Mapping[str, Any], trained: Mapping[str, Training], command: str, beside: str
 ) -> str:
     """Return the page as Markdown."""
     first = next(iter(documents.values()))
     environment = first["environment"]
-    names = " ".join(f"runs/{run}" for run in runs)
-    option = f" --beside '{beside}'" if beside else ""
     parts = [
         "# Micro: what its memory holds",
-        f"Written by `python scripts/suite_page.py {names}{option}` from the documents of `rxlm "
-        "eval suite`. The runs differ in the decoder's self-attention only (and in the width of "
-        "its feed-forward layers, which makes up for the parameters); each is one training, seed "
-        f"0, tested with {len(first['settings']['seeds'])} sets of questions. What is asked, and "
-        "the controls, are explained in [Evaluation](../evaluation.md).",
-        markdown_table(models(documents, minutes)).rstrip(),
+        f"Written by `python scripts/suite_page.py {command}` from the documents of `rxlm eval "
+        "suite`. The runs differ in the decoder's self-attention, in the width of its "
+        "feed-forward layers, which makes up for the parameters, and in the learning rate; each is "
+        f"one training, seed 0, tested with {len(first['settings']['seeds'])} set(s) of questions. "
+        "What is asked, and the controls, are explained in [Evaluation](../evaluation.md).",
+        markdown_table(models(documents, trained)).rstrip(),
         f"Training with one thread on a machine with {environment['num_cpus']} CPU cores"
         f"{f', {beside} beside it' if beside else ''}, torch {environment['torch']}.",
         "## What was asked, and what came out",
@@ -98,10 +134,15 @@ def page(
     return "\n\n".join(parts) + "\n"
 
 
-def block(documents: Mapping[str, Any], minutes: Mapping[str, float]) -> str:
+def block(documents: Mapping[str, Any], trained: Mapping[str, Training]) -> str:
     """Return the README's block: the facts, in short."""
     table = plain(compared_goals(documents, SHOWN))
-    trained = f"{min(minutes.values()):.0f} to {max(minutes.values()):.0f}"
+    minutes = [item.minutes for item in trained.values()]
+    unfinished = [
+        f"{name} was stopped after {item.updates:,} of {item.planned:,} updates. "
+        for name, item in trained.items()
+        if item.updates < item.planned
+    ]
     sizes = [document["model"]["num_parameters"] for document in documents.values()]
     count = f"{min(sizes) / 1e6:.2f}" + (
         f" to {max(sizes) / 1e6:.2f}" if max(sizes) - min(sizes) > 5e3 else ""
@@ -109,12 +150,14 @@ def block(documents: Mapping[str, Any], minutes: Mapping[str, float]) -> str:
     return "\n".join(
         [
             f"**A larger one.** `stages/micro`: {count} million parameters, trained on built-in "
-            f"dialogues, bAbI and conversations that people had, in {trained} minutes of training "
-            f"steps on one CPU core; by the self-attention of its decoder. {CHECK}: as was asked.",
+            f"dialogues, bAbI and conversations that people had, in {min(minutes):.0f} to "
+            f"{max(minutes):.0f} minutes of training steps on one CPU core; by the self-attention "
+            f"of its decoder. {CHECK}: as was asked.",
             "",
             markdown_table(table).rstrip(),
             "",
-            "More, also of what is not met, in [Micro](docs/benchmarks/micro.md).",
+            "".join(unfinished)
+            + "More, also of what is not met, in [Micro](docs/benchmarks/micro.md).",
         ]
     )
 
@@ -124,15 +167,23 @@ def plain(table: Table) -> Table:
     return table._replace(note="")
 
 
-def models(documents: Mapping[str, Any], minutes: Mapping[str, float]) -> Table:
+def models(documents: Mapping[str, Any], trained: Mapping[str, Training]) -> Table:
     """Return sizes and times."""
-    sizes = [f"{document['model']['num_parameters']:,}" for document in documents.values()]
-    times = [f"{minutes[name]:.1f}" for name in documents]
-    return Table(
-        "",
-        ("", *documents),
-        [("parameters", *sizes), ("minutes of training steps", *times)],
-    )
+    rows = {
+        "parameters": [document["model"]["num_parameters"] for document in documents.values()],
+        "width of the decoder's feed-forward layers": [str(i.ff_dim) for i in trained.values()],
+        "updates of the last stage": [
+            f"{item.updates:,}" + f" of {item.planned:,}" * (item.updates < item.planned)
+            for item in trained.values()
+        ],
+        "its learning rate": [f"{item.learning_rate:g}" for item in trained.values()],
+        "minutes of training steps": [f"{item.minutes:.0f}" for item in trained.values()],
+    }
+    body = [
+        (name, *(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells))
+        for name, cells in rows.items()
+    ]
+    return Table("", ("", *documents), body)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def test_files(
 ) -> None:
     """Catches a page or block that is not written, and a run without a document that is no clear
     error."""
-    monkeypatch.setattr(script, "training_minutes", lambda run: 40.0)
+    training = script.Training(2500, 3500, 1e-3, 40.0, 288)
+    monkeypatch.setattr(script, "training_of", lambda run, paused: training)
     for name in ("micro-mha", "micro-kda"):
         (tmp_path / name).mkdir()
         text = json.dumps(document(0.5, extra=True))
@@ -66,6 +67,8 @@ def test_files(
     files = ["--page", str(tmp_path / "micro.md"), "--readme", str(readme)]
     assert script.main([*runs, *files]) == 0
     assert "| parameters | 1,400,000 | 1,400,000 |" in (tmp_path / "micro.md").read_text("utf-8")
+    assert "| 2,500 of 3,500 |" in (tmp_path / "micro.md").read_text("utf-8")
+    assert "kda was stopped after 2,500 of 3,500" in readme.read_text("utf-8")
     assert "1.40 million" in readme.read_text("utf-8") and "old\n" not in readme.read_text("utf-8")
     (tmp_path / "micro-kda" / "suite.json").unlink()
     assert script.main([*runs, *files]) == 2
