@@ -4,7 +4,8 @@
     rxlm pipeline run stages/micro --out runs/micro-md_gdn --no-eval \\
         model.decoder.self_att_type=md_gdn model.decoder.ff_dim=232 memory_aware.train.lr=1.5e-3
     for run in runs/micro-*; do
-        rxlm eval suite $run --json $run/suite.json --tests facts,babi,dialogues
+        rxlm eval suite $run --json $run/suite.json --tests facts,babi,dialogues \\
+            facts.dialogues=34 babi.questions=40 dialogues.conversations=20
     done
     python scripts/suite_page.py runs/micro-mha runs/micro-md_gdn
 
