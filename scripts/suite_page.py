@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from update_readme import README, fill
 
 from rxlm.errors import RunError, UserError
+from rxlm.evaluation.result_tables import NO_VALUE
 from rxlm.evaluation.suite.comparison import (
     CHECK,
     check_same_questions,
@@ -50,7 +51,9 @@ class Training(NamedTuple):
     planned: int
     learning_rate: float
     minutes: float
-    ff_dim: int
+    ff_dim: int | None
+    seed: int
+    threads: int | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = " ".join(f"runs/{run.name}" for run in options.runs)
         names += f" --beside '{options.beside}'" * bool(options.beside)
         names += f" --paused {options.paused:g}" * bool(options.paused)
-        text = page(documents, trained, names, options.beside)
+        text = page(documents, trained, names, options.beside, options.paused)
         readme = options.readme.read_text(encoding="utf-8")
         filled = fill(readme, {"micro": block(documents, trained)})
         write_bytes(options.page, text.encode("utf-8"))
@@ -103,13 +106,19 @@ def training_of(run: Path, paused: float) -> Training:
     if recipe is None or isinstance(recipe, TokenizerRecipe | LMRecipe):
         raise UserError(f"{run} holds no stages of a model: run 'rxlm pipeline run' first.")
     minutes = sum(status.seconds for status in statuses) / 60 - paused
-    decoder = recipe.model.decoder if recipe.model is not None else None
-    ff_dim = 0 if decoder is None or decoder.ff_dim is None else decoder.ff_dim
-    return Training(statuses[-1].step, recipe.train.steps, recipe.train.lr, minutes, ff_dim)
+    train = recipe.train
+    ff_dim = None if recipe.model is None else recipe.model.decoder.ff_dim
+    return Training(
+        statuses[-1].step, train.steps, train.lr, minutes, ff_dim, train.seed, train.threads
+    )
 
 
 def page(
-    documents: Mapping[str, Any], trained: Mapping[str, Training], command: str, beside: str
+    documents: Mapping[str, Any],
+    trained: Mapping[str, Training],
+    command: str,
+    beside: str,
+    paused: float,
 ) -> str:
     """Return the page as Markdown."""
     first = next(iter(documents.values()))
@@ -119,11 +128,13 @@ def page(
         f"Written by `python scripts/suite_page.py {command}` from the documents of `rxlm eval "
         "suite`. The runs differ in the decoder's self-attention, in the width of its "
         "feed-forward layers, which makes up for the parameters, and in the learning rate; each is "
-        f"one training, seed 0, tested with {len(first['settings']['seeds'])} set(s) of questions. "
+        f"one training, tested with {len(first['settings']['seeds'])} set(s) of questions. "
         "What is asked, and the controls, are explained in [Evaluation](../evaluation.md).",
         markdown_table(models(documents, trained)).rstrip(),
-        f"Training with one thread on a machine with {environment['num_cpus']} CPU cores"
-        f"{f', {beside} beside it' if beside else ''}, torch {environment['torch']}.",
+        f"Trained on a machine with {environment['num_cpus']} CPU cores"
+        f"{f', {beside} beside it' if beside else ''}, torch {environment['torch']}."
+        + f" Each was suspended for {paused:g} minutes, which are left out."
+        * bool(paused),
         "## What was asked, and what came out",
         f"{CHECK}: met. Shares in percent.",
         markdown_table(plain(compared_goals(documents))).rstrip(),
@@ -172,7 +183,11 @@ def models(documents: Mapping[str, Any], trained: Mapping[str, Training]) -> Tab
     """Return sizes and times."""
     rows = {
         "parameters": [document["model"]["num_parameters"] for document in documents.values()],
-        "width of the decoder's feed-forward layers": [str(i.ff_dim) for i in trained.values()],
+        "width of the decoder's feed-forward layers": [
+            NO_VALUE if item.ff_dim is None else str(item.ff_dim) for item in trained.values()
+        ],
+        "seed": [str(item.seed) for item in trained.values()],
+        "threads": [NO_VALUE if i.threads is None else str(i.threads) for i in trained.values()],
         "updates of the last stage": [
             f"{item.updates:,}" + f" of {item.planned:,}" * (item.updates < item.planned)
             for item in trained.values()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,19 +12,11 @@ import pytest
 
 from rxlm.evaluation.suite.findings import finding
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module scripts/suite_page.py, which imports its neighbour."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location("suite_page", ROOT / "scripts/suite_page.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "suite_page", module)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    """The module scripts/suite_page.py."""
+    return load_script("suite_page")
 
 
 def document(share: float, extra: bool) -> dict[str, Any]:
@@ -55,7 +46,7 @@ def test_files(
 ) -> None:
     """Catches a page or block that is not written, and a run without a document that is no clear
     error."""
-    training = script.Training(2500, 3500, 1e-3, 40.0, 288)
+    training = script.Training(2500, 3500, 1e-3, 40.0, 288, 0, 1)
     monkeypatch.setattr(script, "training_of", lambda run, paused: training)
     for name in ("micro-mha", "micro-kda"):
         (tmp_path / name).mkdir()

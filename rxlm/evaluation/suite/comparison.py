@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,8 +39,7 @@ def check_same_questions(documents: Mapping[str, Any]) -> None:
     Raises:
         UserError: see :func:`comparison_tables`.
     """
-    (first, one), *others = documents.items()
-    for name, other in others:
+    for (first, one), (name, other) in itertools.combinations(documents.items(), 2):
         for test in ("seeds", "max_answer_tokens", *one["tests"].keys() & other["tests"].keys()):
             mine, theirs = one["settings"][test], other["settings"][test]
             if mine != theirs:

@@ -77,7 +77,7 @@ class MemoryAwareSettings(Config):
     the history."""
     moe_aux_loss_scale: float = Field(default=0.01, ge=0)
     """Weight of what keeps experts evenly used, if the model has experts."""
-    num_buckets: int = 3
+    num_buckets: int = Field(default=3, gt=0)
     """Length buckets of a batch: less padding, same result."""
     validation_dialogues: int = 64
     """Dialogues of a validation."""

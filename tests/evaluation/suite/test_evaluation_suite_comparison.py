@@ -51,6 +51,10 @@ def test_other_questions_are_refused() -> None:
     comparison_tables(
         {"a": document(0.5), "b": document(0.5, with_babi=True, babi={"questions": 5})}
     )
+    # The second and the third, in a test that the first has not run.
+    apart = [document(0.5, with_babi=True, babi={"questions": count}) for count in (5, 6)]
+    with pytest.raises(UserError, match=r"b and c .*babi"):
+        comparison_tables({"a": document(0.5), "b": apart[0], "c": apart[1]})
     for setting in ({"seeds": [1]}, {"facts": {"dialogues": 20}}):
         with pytest.raises(UserError, match=next(iter(setting))):
             comparison_tables({"a": document(0.5), "b": document(0.5, **setting)})

@@ -174,8 +174,8 @@ def test_small_talk_weighs_less(tiny: Any) -> None:
     """Catches a weight on the questions too, one that goes by row number and not by what the row
     is, and shares of processes that do not add up to the whole batch."""
 
-    def sums(weight: float, batch: Any = None) -> tuple[float, int]:
-        objective = aware(tiny, chat_weight=weight, chat_answers=1.0)
+    def sums(weight: float, batch: Any = None, chat: float = 1.0) -> tuple[float, int]:
+        objective = aware(tiny, chat_weight=weight, chat_answers=chat)
         objective.model.double()
         output = objective.loss(objective.batch(0, 0) if batch is None else batch, 0)
         return float(output.loss.detach()) * output.num_targets, output.num_targets
@@ -183,6 +183,8 @@ def test_small_talk_weighs_less(tiny: Any) -> None:
     (whole, count), (half, same), (least, _) = sums(1.0), sums(0.5), sums(1e-9)
     assert count == same and 0 < least < half < whole
     assert half == pytest.approx(0.5 * (whole - least) + least, rel=1e-6)
+    questions, fewer = sums(1.0, chat=0.0)
+    assert 0 < fewer < count and least == pytest.approx(questions, rel=1e-6)
     objective = aware(tiny, chat_answers=1.0)
     batch = objective.batch(0, 0)
     shares = [sums(0.5, objective.shard(batch, rank, 2))[0] for rank in range(2)]
