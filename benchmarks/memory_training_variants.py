@@ -100,6 +100,11 @@ VARIANTS = (
     Variant("no-probes", "no probe questions (the auxiliary recall task)", objective=("probes=0",)),
     Variant("no-identity", "no learned slot identity", memory=("use_slot_identity=false",)),
     Variant("open-gate", "gate starts open: bias 0, not -1.5", memory=("residual_gate_init=0.0",)),
+    Variant(
+        "closing-gate",
+        "gate closes altogether: stretch 0.02",
+        memory=("residual_gate_stretch=0.02",),
+    ),
     Variant("competing", "slots compete for tokens", memory=("write_competition=true",)),
     Variant("distilled", "distillation from the full history", objective=("distillation=0.5",)),
     Variant(

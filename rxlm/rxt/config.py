@@ -51,6 +51,9 @@ NOT_ARCHITECTURE = frozenset(
 )  # fmt: skip
 """Fields that leave what a model computes from given weights unchanged."""
 
+CHANGED_BY_STAGES = frozenset({"residual_gate_stretch"})
+"""Fields that change what a model computes, but no weight: a later stage may train on with them."""
+
 
 class RxTConfig(Config):
     """Everything that describes a model: both components, memory attention and token ids."""

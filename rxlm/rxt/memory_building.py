@@ -55,6 +55,7 @@ def memory_settings(config: MemoryAttentionConfig) -> MemorySettings:
         per_slot=config.residual_per_slot_gate,
         init=config.residual_gate_init,
         tanh=config.use_tanh_residual_gate,
+        stretch=config.residual_gate_stretch,
     )
     replaces = config.variant == "simple" and config.disable_residual
     return MemorySettings(

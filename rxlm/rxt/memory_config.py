@@ -134,6 +134,10 @@ class MemoryAttentionConfig(Config):
     residual_gate_init: FiniteNumber = -1.5
     """Initial logit of the gate: sigmoid(-1.5) = 0.18 of the new, the rest is kept. Reference:
     3.0, which overwrites 95 % of the memory every turn."""
+    residual_gate_stretch: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """How far the gate g reaches beyond 0 and 1 before it is cut there, (1 + 2 s) g - s: above 0, a
+    slot can be kept exactly, for any number of turns. A later stage may change it. Not in the
+    reference."""
     residual_per_slot_gate: bool = True
     """Whether a slot has one gate value; otherwise a layer (`static`) or each feature has one."""
     residual_gate_slot_status_type: Literal["mean", "linear"] = "mean"
@@ -308,6 +312,7 @@ class MemoryAttentionConfig(Config):
             "use_tanh_residual_gate",
             "residual_gate_type",
             "residual_gate_init",
+            "residual_gate_stretch",
             "residual_per_slot_gate",
         )
         unless(self.init_type == "learned", "init_std")

@@ -22,7 +22,7 @@ from rxlm.data.conversation_source import (
 from rxlm.data.records import DataSummary
 from rxlm.errors import UserError
 from rxlm.nn.int8_linear import require_trainable
-from rxlm.rxt.config import NOT_ARCHITECTURE, RxTConfig
+from rxlm.rxt.config import CHANGED_BY_STAGES, NOT_ARCHITECTURE, RxTConfig
 from rxlm.rxt.dialogues import TurnEncoder
 from rxlm.rxt.generation import turn_limit
 from rxlm.rxt.models import ARCHITECTURES, RxTAlpha, RxTBeta
@@ -136,10 +136,11 @@ def model_config(section: ModelSection, tokenizer: Tokenizer) -> RxTConfig:
 def check_same_architecture(given: RxTConfig, wanted: RxTConfig, folder: Path) -> None:
     """Raise ``UserError``, listing the differences, unless weights of one fit the other."""
 
+    free = set(NOT_ARCHITECTURE | CHANGED_BY_STAGES)
+
     def architecture(config: RxTConfig) -> dict[str, Any]:
         return {
-            name: getattr(config, name).model_dump(mode="json", exclude=set(NOT_ARCHITECTURE))
-            for name in COMPONENTS
+            name: getattr(config, name).model_dump(mode="json", exclude=free) for name in COMPONENTS
         }
 
     changed = diff_mappings(architecture(given), architecture(wanted))

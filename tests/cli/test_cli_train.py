@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from rxlm.cli.main import main
+from rxlm.rxt.models import RxTAlpha
+from rxlm.storage.model_folder import resolve_model_dir
 from rxlm.training.objectives.joint_lm import JointLMObjective
 
 OVERRIDES = (
@@ -151,6 +153,21 @@ def test_model_that_is_not_that_of_the_weights(
     error_text = capsys.readouterr().err
     assert "decoder.stm_size: 4 -> 5" in error_text
     assert "the recipe's model is not that of" in error_text
+
+
+def test_a_stage_may_close_the_gates_of_the_one_before(
+    nano: Path, micro_pipeline: Path, tmp_path: Path
+) -> None:
+    """Catches a stretch of the gates that is refused as another model, or not written with it."""
+    sizes = [word for word in OVERRIDES if "objective.dialogues" not in word]
+    words = (
+        *sizes, f"init_from={micro_pipeline / '40_memory_pretraining'}",
+        "objective.phases=[{turns: 2, dialogues: 2}]",
+        "model.memory_attention.residual_gate_stretch=0.02",
+    )  # fmt: skip
+    assert train(nano, tmp_path, "50_memory_aware", *words) == 0
+    model = RxTAlpha.from_pretrained(resolve_model_dir(tmp_path / "50_memory_aware"))
+    assert model.memory_attention.settings.gate.stretch == 0.02
 
 
 def test_a_run_is_not_resumed_with_another_model(

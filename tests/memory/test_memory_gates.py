@@ -54,6 +54,18 @@ def test_one_keeps_nothing_and_zero_keeps_all(tanh: bool) -> None:
         torch.testing.assert_close(module(OLD, NEW), expected, atol=1e-6, rtol=0)
 
 
+def test_a_stretched_gate_closes_and_opens_altogether() -> None:
+    """Catches a gate that leaks: a hundredth of the new a turn would be half a slot in 64 turns."""
+    for logit, expected in ((-4.0, OLD), (4.0, NEW)):
+        module = gate_of(GateSettings(gate_type="static", init=logit, stretch=0.02))
+        slots = OLD
+        for _ in range(64):
+            slots = module(slots, NEW)
+        assert torch.equal(slots, expected)
+        plain = gate_of(GateSettings(gate_type="static", init=logit))
+        assert not torch.equal(plain(OLD, NEW), expected)
+
+
 @pytest.mark.parametrize("gate_type", ["elementwise", "linear"])
 def test_size_of_the_old_slot_does_not_open_the_gate(gate_type: str) -> None:
     """Catches a gate that reads the raw slot: growing slots would drive it into saturation."""

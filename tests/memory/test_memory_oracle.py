@@ -103,6 +103,8 @@ def gated(gate: ResidualGate, layer: int, old: Tensor, new: Tensor) -> Tensor:
         else:
             logit = torch.cat((normed, new[s])) @ gate.weight[layer].double() + bias
         share = (1 + torch.tanh(logit)) / 2 if settings.tanh else 1 / (1 + torch.exp(-logit))
+        share = (1 + 2 * settings.stretch) * share - settings.stretch
+        share = torch.minimum(torch.maximum(share, share.new_zeros(())), share.new_ones(()))
         rows.append(share * new[s] + (1 - share) * old[s])
     return torch.stack(rows)
 
@@ -149,6 +151,7 @@ def written_out(memory: MemoryAttention, slots: Tensor, states: Tensor, key_mask
     gate_type=st.sampled_from(["off", "static", "elementwise", "linear"]),
     per_slot=st.booleans(),
     tanh=st.booleans(),
+    stretch=st.sampled_from([0.0, 0.1]),
     heads=st.sampled_from([(2, 2), (2, 1), (1, 2), (4, 2)]),
     mix_heads=st.sampled_from([(2, 2), (2, 1), (1, 1)]),
     flags=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
@@ -161,6 +164,7 @@ def test_equals_the_equations(
     gate_type: Any,
     per_slot: bool,
     tanh: bool,
+    stretch: float,
     heads: tuple[int, int],
     mix_heads: tuple[int, int],
     flags: tuple[bool, bool, bool, bool],
@@ -172,7 +176,7 @@ def test_equals_the_equations(
     if gate_type == "off":
         gate = GateSettings(enabled=False)
     else:
-        gate = GateSettings(gate_type=gate_type, per_slot=per_slot, tanh=tanh)
+        gate = GateSettings(gate_type=gate_type, per_slot=per_slot, tanh=tanh, stretch=stretch)
     identity, copy_path, per_dim, competition = flags
     memory = make_memory(
         variant, norm_type, gate, seed=seed, heads=heads, mix_heads=mix_heads,

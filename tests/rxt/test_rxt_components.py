@@ -430,6 +430,7 @@ def test_memory_settings_arrive() -> None:
             "norm_type": "adaptive", "norm_init_gate": -1.0, "norm_per_dim_scale": True,
             "norm_decay": 0.5, "use_tanh_residual_gate": True, "residual_gate_type": "elementwise",
             "residual_gate_init": -0.5, "residual_per_slot_gate": False, "init_type": "uniform",
+            "residual_gate_stretch": 0.05,
             "use_gate_for_self_attention": False, "use_slot_identity": False, "rope_base": 50.0,
             "write_sharpness": 2.0, "copy_path_init": False, "write_competition": True,
         }
@@ -440,6 +441,7 @@ def test_memory_settings_arrive() -> None:
     assert (memory.gate.enabled, memory.mix_gate.enabled) == (True, False)
     assert (memory.gate.gate_type, memory.gate.per_slot) == ("elementwise", False)
     assert (memory.gate.tanh, memory.gate.init, memory.gate.residual) == (True, -0.5, True)
+    assert (memory.gate.stretch, memory.mix_gate.stretch) == (0.05, 0.05)
     assert (memory.norm_type, memory.norm_init_gate, memory.eps) == ("adaptive", -1.0, 1e-3)
     assert (memory.norm_per_dim_scale, memory.norm_decay) == (True, 0.5)
     assert (memory.init_type, memory.slot_identity, memory.copy_path_init) == (

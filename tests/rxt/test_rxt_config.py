@@ -71,7 +71,7 @@ MEMORY_DEFAULTS: dict[str, Any] = {
     "self_att_query_groups": None, "num_groups": 1,
     # Ours, or corrected: in the reference these make the memory grow or be overwritten.
     "variant": "interlayer", "use_gated_residual": True, "use_tanh_residual_gate": False,
-    "residual_gate_type": "linear", "residual_gate_init": -1.5,
+    "residual_gate_type": "linear", "residual_gate_init": -1.5, "residual_gate_stretch": 0.0,
     "use_gate_for_self_attention": True, "init_type": "learned", "init_std": 0.1,
     "use_slot_identity": True, "copy_path_init": True, "write_sharpness": 3.0, "norm_eps": 1e-6,
     "write_competition": False,
