@@ -254,6 +254,7 @@ class LinearSelfAttention(nn.Module):
             settings.key_dim,
             settings.value_dim,
             carried=settings.carried,
+            write_stretch=settings.write_stretch,
         )
 
     def _form(self, num_tokens: int) -> Literal["chunk", "recurrent", "step"]:

@@ -34,7 +34,7 @@ class Gates(NamedTuple):
     """Gates of each token, float32 (float64 in a float64 model), None where there is none.
 
     ``log_decay``: ``[B, T, HV]`` or ``[B, T, HV, K]``, <= 0; ``write_strength``: ``[B, T, HV]`` in
-    (0, 1).
+    (0, 1), stretched in [0, 1].
     """
 
     log_decay: Tensor | None
@@ -58,6 +58,7 @@ class TokenGates(nn.Module):
         value_dim: int,
         *,
         carried: bool = False,
+        write_stretch: float = 0.0,
     ) -> None:
         """Build the projections.
 
@@ -68,10 +69,15 @@ class TokenGates(nn.Module):
             key_dim: K.
             value_dim: V, also the rank of KDA's projection.
             carried: whether the state goes on to the next turn, so starts with slower decays.
+            write_stretch: s >= 0 makes the write strength b ``clamp((1 + 2 s) b - s, 0, 1)``, so
+                that a token may leave the state exactly as it is. A sigmoid never does, and what
+                a thousand tokens erase a little is gone. As the gates of slots are stretched
+                (:class:`rxlm.memory.gates.GateSettings`, with the source).
         """
         super().__init__()
         kind = MECHANISMS[mechanism]
         self.num_value_heads = num_value_heads
+        self.write_stretch = write_stretch
         self.decay_is_per_channel = kind.decay == "channel"
         self.has_rate = mechanism in SMALLEST_RATES
         num_decays = num_value_heads * (key_dim if self.decay_is_per_channel else 1)
@@ -119,6 +125,9 @@ class TokenGates(nn.Module):
         if self.write is not None:
             logits = _at_least_float32(self.write(x))
             write_strength = (logits if offsets is None else logits + offsets[1]).sigmoid()
+            stretch = self.write_stretch
+            if stretch != 0.0:
+                write_strength = ((1.0 + 2.0 * stretch) * write_strength - stretch).clamp(0.0, 1.0)
         return Gates(log_decay, write_strength)
 
     def _log_decay(self, logits: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class LinearAttentionSettings:
             no memory is read.
         carried: whether the state goes on to the next turn, so that decays start slower; changes
             nothing but the start.
+        write_stretch: of the write strengths of delta rules, see :class:`TokenGates`.
     """
 
     mechanism: str
@@ -61,6 +62,7 @@ class LinearAttentionSettings:
     backend: Literal["auto", "torch", "fla"] = "auto"
     memory_fusion: MemoryFusionMode | None = None
     carried: bool = False
+    write_stretch: float = 0.0
 
     def __post_init__(self) -> None:
         for field, given, known in (

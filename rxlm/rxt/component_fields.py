@@ -180,6 +180,10 @@ class ComponentFields(Config):
     """Whether the output of linear attention is gated."""
     linear_attn_norm_eps: PositiveNumber = 1e-5
     """Epsilon of the output norm of linear attention."""
+    linear_attn_write_stretch: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """How far the write strength b of a delta rule reaches beyond 0 and 1 before it is cut there,
+    (1 + 2 s) b - s: above 0, a token may leave the state exactly as it is, so that what `md_gdn`
+    carries outlasts many turns. A later stage may change it. Not in the reference."""
 
     memory_fusion_mode: Literal["add", "concat"] = "add"
     """How memory enters the gates of `md_gdn` in the decoder: as an offset of their logits, or

@@ -396,6 +396,7 @@ def _linear_settings(
         # Without a memory to read, md_gdn is KDA (in both directions in the encoder).
         memory_fusion=config.memory_fusion_mode if memory_driven and reads_memory else None,
         carried=memory_driven and may_carry,
+        write_stretch=config.linear_attn_write_stretch,
     )
 
 

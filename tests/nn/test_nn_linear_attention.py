@@ -118,6 +118,8 @@ def written_out(settings: LinearAttentionSettings, weights: dict[str, Tensor], x
             written = value[t, head]
             if kind != "gla":
                 strength = torch.sigmoid(linear("b_proj", x))[t, head]
+                stretched = strength + settings.write_stretch * (2 * strength - 1)
+                strength = stretched.clamp(min=0, max=1)
                 written = strength * (written - state.T @ key[t, shared])
             state = state + torch.outer(key[t, shared], written)
             read.append(settings.key_dim**-0.5 * state.T @ query[t, shared])
@@ -134,6 +136,19 @@ def written_out(settings: LinearAttentionSettings, weights: dict[str, Tensor], x
     return linear("o_proj", mixed)
 
 
+def test_a_stretched_write_may_leave_the_state_alone() -> None:
+    """Catches a token that erases a little although its write is closed: of a state that
+    conversations carry, a thousand of them would leave nothing."""
+    gates = module_of(settings_of("deltanet", write_stretch=0.02)).gates
+    assert gates.write is not None
+    with torch.no_grad():
+        gates.write.weight.zero_()
+    offsets = (torch.zeros(1), torch.tensor([-4.0, 4.0]))
+    strength = gates(torch.randn(1, 7, 12, dtype=torch.float64), offsets).write_strength
+    assert strength is not None
+    assert torch.equal(strength, torch.tensor([0.0, 1.0], dtype=strength.dtype).expand(1, 7, 2))
+
+
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 @pytest.mark.parametrize(
     "fields",
@@ -142,8 +157,9 @@ def written_out(settings: LinearAttentionSettings, weights: dict[str, Tensor], x
         {"conv_size": None},
         {"gated": False, "norm_eps": 0.1},
         {"mode": "fused", "conv_size": 2, "num_heads": 3},
+        {"write_stretch": 0.5},
     ],
-    ids=["default", "no convolution", "no gate", "fused"],
+    ids=["default", "no convolution", "no gate", "fused", "stretched writes"],
 )
 def test_equals_the_published_equations(mechanism: str, fields: dict[str, Any]) -> None:
     """Catches a wrong activation, norm, order of steps or gate, and a weight of an fla layer that

@@ -40,6 +40,7 @@ COMPONENT_DEFAULTS: dict[str, Any] = {
     "final_stateless_attn_layer_types": None, "linear_attn_mode": "chunk",
     "linear_attn_expand_k": 0.5, "linear_attn_expand_v": 1.0, "linear_attn_use_short_conv": True,
     "linear_attn_conv_size": 4, "linear_attn_use_gate": True, "linear_attn_norm_eps": 1e-5,
+    "linear_attn_write_stretch": 0.0,
     "memory_fusion_mode": "add",
     "linear_attn_heads": None, "linear_attn_key_dim": None, "stateless_layers_config": None,
     "final_stateless_layers_config": None, "use_moe": False, "num_experts": 1, "moe_top_k": 1,
