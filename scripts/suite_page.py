@@ -2,7 +2,7 @@
 
     rxlm pipeline run stages/micro --out runs/micro-mha --no-eval
     rxlm pipeline run stages/micro --out runs/micro-md_gdn --no-eval \\
-        model.decoder.self_att_type=md_gdn model.decoder.ff_dim=232 memory_aware.train.lr=1.5e-3
+        model.decoder.self_att_type=md_gdn model.decoder.ff_dim=232 50_memory_aware.train.lr=1.5e-3
     for run in runs/micro-*; do
         rxlm eval suite $run --json $run/suite.json --tests facts,babi,dialogues \\
             facts.dialogues=34 babi.questions=40 dialogues.conversations=20
@@ -44,12 +44,19 @@ SHOWN = ("one_fact_near", "four_facts", "eight_facts_at_8", "updated", "after_24
 """Findings of the README's table."""
 
 
-class Training(NamedTuple):
-    """How a run was trained: ``updates`` of ``planned`` in the last stage, minutes in all."""
+class Stage(NamedTuple):
+    """How a stage was trained, ``updates`` of ``planned``."""
 
+    name: str
     updates: int
     planned: int
     learning_rate: float
+
+
+class Training(NamedTuple):
+    """How a run was trained: its stages after the tokenizer, minutes in all."""
+
+    stages: tuple[Stage, ...]
     minutes: float
     ff_dim: int | None
     seed: int
@@ -100,17 +107,21 @@ def training_of(run: Path, paused: float) -> Training:
     Raises:
         UserError: if it has no stage that trained a model.
     """
-    folders = sorted(path for path in run.glob("[0-9]*_*") if path.is_dir())
-    statuses = [status for path in folders if (status := read_status(path)) is not None]
-    recipe = read_recipe(folders[-1] / "config.yaml").recipe if folders else None
-    if recipe is None or isinstance(recipe, TokenizerRecipe | LMRecipe):
+    stages, seconds, recipe = [], 0.0, None
+    for folder in sorted(path for path in run.glob("[0-9]*_*") if path.is_dir()):
+        status = read_status(folder)
+        if status is None:
+            continue
+        seconds += status.seconds
+        found = read_recipe(folder / "config.yaml").recipe
+        if not isinstance(found, TokenizerRecipe | LMRecipe):
+            recipe, train = found, found.train
+            stages.append(Stage(folder.name, status.step, train.steps, train.lr))
+    if recipe is None:
         raise UserError(f"{run} holds no stages of a model: run 'rxlm pipeline run' first.")
-    minutes = sum(status.seconds for status in statuses) / 60 - paused
-    train = recipe.train
     ff_dim = None if recipe.model is None else recipe.model.decoder.ff_dim
-    return Training(
-        statuses[-1].step, train.steps, train.lr, minutes, ff_dim, train.seed, train.threads
-    )
+    minutes = seconds / 60 - paused
+    return Training(tuple(stages), minutes, ff_dim, recipe.train.seed, recipe.train.threads)
 
 
 def page(
@@ -151,9 +162,10 @@ def block(documents: Mapping[str, Any], trained: Mapping[str, Training]) -> str:
     table = plain(compared_goals(documents, SHOWN))
     minutes = [item.minutes for item in trained.values()]
     unfinished = [
-        f"{name} was stopped after {item.updates:,} of {item.planned:,} updates. "
+        f"{name} was stopped after {stage.updates:,} of {stage.planned:,} updates of {stage.name}. "
         for name, item in trained.items()
-        if item.updates < item.planned
+        for stage in item.stages
+        if stage.updates < stage.planned
     ]
     sizes = [document["model"]["num_parameters"] for document in documents.values()]
     count = f"{min(sizes) / 1e6:.2f}" + (
@@ -188,18 +200,24 @@ def models(documents: Mapping[str, Any], trained: Mapping[str, Training]) -> Tab
         ],
         "seed": [str(item.seed) for item in trained.values()],
         "threads": [NO_VALUE if i.threads is None else str(i.threads) for i in trained.values()],
-        "updates of the last stage": [
-            f"{item.updates:,}" + f" of {item.planned:,}" * (item.updates < item.planned)
-            for item in trained.values()
-        ],
-        "its learning rate": [f"{item.learning_rate:g}" for item in trained.values()],
-        "minutes of training steps": [f"{item.minutes:.0f}" for item in trained.values()],
     }
+    names = dict.fromkeys(stage.name for item in trained.values() for stage in item.stages)
+    for name in names:
+        of_run = [{stage.name: stage for stage in item.stages} for item in trained.values()]
+        rows[f"{name}: updates, learning rate"] = [
+            _updates(stages[name]) if name in stages else NO_VALUE for stages in of_run
+        ]
+    rows["minutes of training steps"] = [f"{item.minutes:.0f}" for item in trained.values()]
     body = [
         (name, *(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells))
         for name, cells in rows.items()
     ]
     return Table("", ("", *documents), body)
+
+
+def _updates(stage: Stage) -> str:
+    unfinished = f" of {stage.planned:,}" * (stage.updates < stage.planned)
+    return f"{stage.updates:,}{unfinished}, {stage.learning_rate:g}"
 
 
 if __name__ == "__main__":
