@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,17 +71,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=README, help="the file with the block")
     parser.add_argument("--beside", default="", help="what else ran on the machine")
     parser.add_argument(
-        "--paused", type=float, default=0.0, help="minutes that each training was suspended"
+        "--paused",
+        nargs="*",
+        default=[],
+        metavar="NAME=MINUTES",
+        help="trainings suspended so long",
     )
     options = parser.parse_args(arguments)
     try:
         documents = {name_of(run): read_suite(run / SUITE_FILE) for run in options.runs}
-        trained = {name_of(run): training_of(run, options.paused) for run in options.runs}
+        paused = minutes_of(options.paused, documents)
+        trained = {name_of(run): training_of(run, paused[name_of(run)]) for run in options.runs}
         check_same_questions(documents)
         names = " ".join(f"runs/{run.name}" for run in options.runs)
         names += f" --beside '{options.beside}'" * bool(options.beside)
-        names += f" --paused {options.paused:g}" * bool(options.paused)
-        text = page(documents, trained, names, options.beside, options.paused)
+        names += f" --paused {' '.join(options.paused)}" * bool(options.paused)
+        text = page(documents, trained, names, options.beside, paused)
         readme = options.readme.read_text(encoding="utf-8")
         filled = fill(readme, {"micro": block(documents, trained)})
         write_bytes(options.page, text.encode("utf-8"))
@@ -99,6 +104,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def name_of(run: Path) -> str:
     """Return what a column is called: runs/micro-kda is kda."""
     return run.name.partition("-")[2] or run.name
+
+
+def minutes_of(words: Sequence[str], names: Iterable[str]) -> dict[str, float]:
+    """Return the minutes of each name, 0 where no ``name=minutes`` is among the words.
+
+    Raises:
+        UserError: for another form, or a name that is not there.
+    """
+    minutes = dict.fromkeys(names, 0.0)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in minutes or not value.replace(".", "", 1).isdigit():
+            raise UserError(
+                f"--paused {word!r}: expected NAME=MINUTES, with a name of {', '.join(minutes)}."
+            )
+        minutes[name] = float(value)
+    return minutes
 
 
 def training_of(run: Path, paused: float) -> Training:
@@ -129,7 +151,7 @@ def page(
     trained: Mapping[str, Training],
     command: str,
     beside: str,
-    paused: float,
+    paused: Mapping[str, float],
 ) -> str:
     """Return the page as Markdown."""
     first = next(iter(documents.values()))
@@ -144,8 +166,11 @@ def page(
         markdown_table(models(documents, trained)).rstrip(),
         f"Trained on a machine with {environment['num_cpus']} CPU cores"
         f"{f', {beside} beside it' if beside else ''}, torch {environment['torch']}."
-        + f" Each was suspended for {paused:g} minutes, which are left out."
-        * bool(paused),
+        + "".join(
+            f" {name} was suspended for {minutes:g} minutes, which are left out."
+            for name, minutes in paused.items()
+            if minutes
+        ),
         "## What was asked, and what came out",
         f"{CHECK}: met. Shares in percent.",
         markdown_table(plain(compared_goals(documents))).rstrip(),

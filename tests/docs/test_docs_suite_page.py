@@ -68,16 +68,19 @@ def test_files(script: ModuleType, tmp_path: Path, capsys: Any) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("# x\n<!-- micro:begin -->\nold\n<!-- micro:end -->\n", encoding="utf-8")
     runs = [str(tmp_path / name) for name in ("micro-mha", "micro-kda")]
-    files = ["--page", str(tmp_path / "micro.md"), "--readme", str(readme), "--paused", "5"]
+    files = ["--page", str(tmp_path / "micro.md"), "--readme", str(readme), "--paused", "kda=5"]
     assert script.main([*runs, *files]) == 0
     page = (tmp_path / "micro.md").read_text("utf-8")
     assert "| parameters | 1,400,000 | 1,400,000 |" in page
     assert "50\\_memory\\_aware: updates, learning rate | 2,500 of 6,500, 0.0015 |" in page
-    assert "| minutes of training steps | 25 | 25 |" in page
+    assert "| minutes of training steps | 30 | 25 |" in page
     assert "kda was stopped after 2,500 of 6,500 updates of 50_memory_aware" in readme.read_text(
         "utf-8"
     )
     assert "1.40 million" in readme.read_text("utf-8") and "old\n" not in readme.read_text("utf-8")
+    assert "kda was suspended for 5 minutes" in page and "mha was suspended" not in page
+    assert script.main([*runs, "--paused", "gla=5"]) == 2
+    assert "expected NAME=MINUTES" in capsys.readouterr().err
     (tmp_path / "micro-kda" / "suite.json").unlink()
     assert script.main([*runs, *files]) == 2
     assert "micro-kda" in capsys.readouterr().err
