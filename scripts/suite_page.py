@@ -16,6 +16,8 @@ run that was stopped before its end is shown as such.
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -77,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME=MINUTES",
         help="trainings suspended so long",
     )
+    parser.add_argument("--note", default="", help="what else a reader has to know")
     options = parser.parse_args(arguments)
     try:
         documents = {name_of(run): read_suite(run / SUITE_FILE) for run in options.runs}
@@ -86,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = " ".join(f"runs/{run.name}" for run in options.runs)
         names += f" --beside '{options.beside}'" * bool(options.beside)
         names += f" --paused {' '.join(options.paused)}" * bool(options.paused)
-        text = page(documents, trained, names, options.beside, paused)
+        names += f" --note {shlex.quote(options.note)}" * bool(options.note)
+        text = page(documents, trained, names, options.beside, paused, options.note)
         readme = options.readme.read_text(encoding="utf-8")
         filled = fill(readme, {"micro": block(documents, trained)})
         write_bytes(options.page, text.encode("utf-8"))
@@ -115,7 +119,7 @@ def minutes_of(words: Sequence[str], names: Iterable[str]) -> dict[str, float]:
     minutes = dict.fromkeys(names, 0.0)
     for word in words:
         name, _, value = word.partition("=")
-        if name not in minutes or not value.replace(".", "", 1).isdigit():
+        if name not in minutes or re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) is None:
             raise UserError(
                 f"--paused {word!r}: expected NAME=MINUTES, with a name of {', '.join(minutes)}."
             )
@@ -152,6 +156,7 @@ def page(
     command: str,
     beside: str,
     paused: Mapping[str, float],
+    note: str,
 ) -> str:
     """Return the page as Markdown."""
     first = next(iter(documents.values()))
@@ -171,6 +176,7 @@ def page(
             for name, minutes in paused.items()
             if minutes
         ),
+        *([note] if note else []),
         "## What was asked, and what came out",
         f"{CHECK}: met. Shares in percent.",
         markdown_table(plain(compared_goals(documents))).rstrip(),

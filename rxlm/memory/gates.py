@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rxlm.ops.stretch import stretched
+
 GateType = Literal["static", "elementwise", "linear"]
 
 
@@ -29,11 +31,7 @@ class GateSettings:
         tanh: gate ``(1 + tanh(w)) / 2`` in place of ``sigmoid(w)``. Both are convex, so the size
             of the memory cannot grow from turn to turn.
         residual: False returns the update alone.
-        stretch: s >= 0 makes the gate g ``clamp((1 + 2 s) g - s, 0, 1)``, so that it closes and
-            opens altogether: a share of 1 % a turn leaves half of a slot after 64 turns, one of 0
-            leaves all of it after any number. The deterministic hard concrete gate (Louizos,
-            Welling, Kingma, "Learning sparse neural networks through L0 regularization", 2018,
-            eq. 10-11 and 13).
+        stretch: above 0, the gate closes and opens altogether (:func:`rxlm.ops.stretch.stretched`).
     """
 
     enabled: bool = True
@@ -86,10 +84,7 @@ class ResidualGate(nn.Module):
         """Return the gate in [0, 1], broadcastable to ``[L, B, S, D]``: 1 overwrites, 0 keeps."""
         logit = self._logit(old, new)
         share = (1.0 + torch.tanh(logit)) / 2.0 if self.settings.tanh else torch.sigmoid(logit)
-        stretch = self.settings.stretch
-        if stretch == 0.0:
-            return share
-        return torch.clamp((1.0 + 2.0 * stretch) * share - stretch, 0.0, 1.0)
+        return stretched(share, self.settings.stretch)
 
     def _logit(self, old: Tensor, new: Tensor) -> Tensor:
         if self.settings.gate_type == "static":

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rxlm.ops.linear_attention import MECHANISMS
+from rxlm.ops.stretch import stretched
 
 GLA_GATE_RANK = 16
 GLA_GATE_TEMPERATURE = 16.0
@@ -69,10 +70,9 @@ class TokenGates(nn.Module):
             key_dim: K.
             value_dim: V, also the rank of KDA's projection.
             carried: whether the state goes on to the next turn, so starts with slower decays.
-            write_stretch: s >= 0 makes the write strength b ``clamp((1 + 2 s) b - s, 0, 1)``, so
-                that a token may leave the state exactly as it is. A sigmoid never does, and what
-                a thousand tokens erase a little is gone. As the gates of slots are stretched
-                (:class:`rxlm.memory.gates.GateSettings`, with the source).
+            write_stretch: above 0, a token may leave the state exactly as it is
+                (:func:`rxlm.ops.stretch.stretched`). A sigmoid never does, and what a thousand
+                tokens erase a little is gone.
         """
         super().__init__()
         kind = MECHANISMS[mechanism]
@@ -124,10 +124,8 @@ class TokenGates(nn.Module):
         write_strength = None
         if self.write is not None:
             logits = _at_least_float32(self.write(x))
-            write_strength = (logits if offsets is None else logits + offsets[1]).sigmoid()
-            stretch = self.write_stretch
-            if stretch != 0.0:
-                write_strength = ((1.0 + 2.0 * stretch) * write_strength - stretch).clamp(0.0, 1.0)
+            strength = (logits if offsets is None else logits + offsets[1]).sigmoid()
+            write_strength = stretched(strength, self.write_stretch)
         return Gates(log_decay, write_strength)
 
     def _log_decay(self, logits: Tensor) -> Tensor:

@@ -377,10 +377,11 @@ def test_settings_without_effect_are_reported() -> None:
     assert alone.ignored_fields() == ["att_dropout", "use_nope"]
     memory = MemoryAttentionConfig(
         variant="simple", interlayer_att_type="mha", num_groups=5, norm_decay=0.5,
-        disable_residual=True, residual_gate_init=0.0,
+        disable_residual=True, residual_gate_init=0.0, residual_gate_stretch=0.1,
     )  # fmt: skip
     assert memory.ignored_fields() == [
         "interlayer_att_type", "num_groups", "norm_decay", "residual_gate_init",
+        "residual_gate_stretch",
     ]  # fmt: skip
 
 
