@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from rxlm.data.conversations import Interaction
 from rxlm.data.fact_values import POOLS
-from rxlm.data.facts import (
-    ACKNOWLEDGEMENTS,
-    DISTRACTORS,
-    FACT_KINDS,
-    KINDS_BY_NAME,
-    QUESTION_PREFIXES,
-    SMALL_TALK,
-    STATEMENT_PREFIXES,
-    FactKind,
-)
+from rxlm.data.facts import ACKNOWLEDGEMENTS, DISTRACTORS, KINDS_BY_NAME, FactKind
+from rxlm.data.wordings import WORDINGS, Wordings
 
 ItemType = TypeVar("ItemType")
 
@@ -102,6 +95,7 @@ class Dialogue:
         any_value: share of the facts whose value is taken from the pools of all kinds.
         made_up: share of the facts whose value is a made-up word.
         held_out: per kind, the values that facts never take.
+        wordings: how the user talks.
     """
 
     def __init__(
@@ -111,8 +105,11 @@ class Dialogue:
         any_value: float = 0.0,
         made_up: float = 0.0,
         held_out: Mapping[str, tuple[str, ...]] | None = None,
+        wordings: Wordings = WORDINGS["few"],
     ) -> None:
         self.rng = rng
+        self._wordings = wordings
+        self.kinds = {kind.name: kind for kind in wordings.kinds}
         self._any_value, self._made_up = any_value, made_up
         self._held_out = held_out or {}
         self.turns: list[Interaction] = []
@@ -130,7 +127,7 @@ class Dialogue:
 
     def untold(self) -> tuple[FactKind, ...]:
         """Return the kinds that nothing was said about."""
-        return tuple(kind for kind in FACT_KINDS if kind.name not in self.told)
+        return tuple(kind for kind in self._wordings.kinds if kind.name not in self.told)
 
     def free_values(self, kind: FactKind) -> list[str]:
         """Return values of ``kind`` that no fact has or had in this dialogue.
@@ -169,7 +166,7 @@ class Dialogue:
     def tell(self, kind: FactKind, value: str, statements: Sequence[str] | None = None) -> None:
         """Add a turn that tells one fact (worded by ``statements`` if given)."""
         wording = pick(self.rng, statements or kind.statements[:-1])
-        text = self._prefixed(wording.replace("{}", value), STATEMENT_PREFIXES)
+        text = self._said(wording.replace("{}", value), self._wordings.statement_prefixes)
         echo = kind.echo.replace("{}", value)
         answer = acknowledgement(kind.statements.index(wording), echo)
         self.add(Interaction(text, answer, "fact", kind.name, value, told=((kind.name, value),)))
@@ -184,7 +181,7 @@ class Dialogue:
         known = [kind.answer.replace("{}", value).removesuffix(".") for kind, value in facts]
         rest = [f"{also[0].lower()}{also[1:]}" for also in known[1:]]
         echo = f"{_listed([known[0], *rest])}, noted."
-        answer = acknowledgement(FACT_KINDS.index(facts[0][0]), echo)
+        answer = acknowledgement(list(self.kinds).index(facts[0][0].name), echo)
         told = tuple((kind.name, value) for kind, value in facts)
         text = capitalised(f"{_listed(clauses)}.")
         self.add(Interaction(text, answer, "fact", *told[0], told=told))
@@ -208,7 +205,7 @@ class Dialogue:
         """Add a turn that changes a fact told earlier to ``value``."""
         before = self.told[kind.name]
         wording = pick(self.rng, kind.updates)
-        text = capitalised(wording.replace("{}", value))
+        text = self._said(wording.replace("{}", value))
         echo = kind.answer.replace("{}", value).removesuffix(".") + " now, noted."
         answer = acknowledgement(kind.updates.index(wording), echo)
         stale = (*before.stale, before.value)
@@ -217,7 +214,7 @@ class Dialogue:
 
     def update_random(self) -> None:
         """Add a turn that changes one of the facts (small talk if every value was used up)."""
-        kind = KINDS_BY_NAME[pick(self.rng, tuple(self.told))]
+        kind = self.kinds[pick(self.rng, tuple(self.told))]
         value = self.random_value(kind)
         if value is not None:
             self.update(kind, value)
@@ -232,14 +229,14 @@ class Dialogue:
         else:
             choose = max if draw < 0.8 else min
             name = choose(self.told, key=lambda item: self.told[item].turn)
-        return KINDS_BY_NAME[name]
+        return self.kinds[name]
 
     def question(self, kind: FactKind, questions: Sequence[str] | None = None) -> Interaction:
         """Return a question for a told fact, as the next turn; it is not added."""
         fact = self.told[kind.name]
         text = pick(self.rng, questions or kind.questions[:-1])
         return Interaction(
-            query=self._prefixed(text, QUESTION_PREFIXES),
+            query=self._said(text, self._wordings.question_prefixes),
             answer=kind.answer.replace("{}", fact.value),
             kind="question",
             fact=kind.name,
@@ -252,22 +249,30 @@ class Dialogue:
         self, kind: FactKind, questions: Sequence[str] | None = None
     ) -> Interaction:
         """Return a question for a fact never told, as the next turn; it is not added."""
-        text = self._prefixed(pick(self.rng, questions or kind.questions[:-1]), QUESTION_PREFIXES)
+        wording = pick(self.rng, questions or kind.questions[:-1])
+        text = self._said(wording, self._wordings.question_prefixes)
         return Interaction(text, kind.unknown, "unknown", kind.name)
 
     def chat(self) -> None:
         """Add a turn with nothing to remember, half of them with a word that could be a fact."""
         rng = self.rng
         if rng.random() < FIXED_CHAT_SHARE:
-            query, answer = pick(rng, SMALL_TALK)
+            query, answer = pick(rng, self._wordings.small_talk)
         else:
             pool, query, answer = pick(rng, DISTRACTORS)
             value = pick(rng, POOLS[pool])
             query, answer = query.replace("{}", value), answer.replace("{}", value)
         self.add(Interaction(query, answer))
 
-    def _prefixed(self, text: str, prefixes: Sequence[str]) -> str:
-        if self.rng.random() < PREFIX_SHARE:
+    def _said(self, text: str, prefixes: Sequence[str] = ()) -> str:
+        """Return a sentence as the user writes it: after a prefix, carelessly or as it should be.
+
+        A choice that the wordings do not offer draws nothing, so that dialogues stay the same.
+        """
+        casual = self._wordings.casual
+        if casual > 0 and self.rng.random() < casual:
+            return re.sub(r"\bI\b", "i", text).rstrip(".?!")
+        if prefixes and self.rng.random() < PREFIX_SHARE:
             return pick(self.rng, prefixes) + text
         return capitalised(text)
 

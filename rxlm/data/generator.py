@@ -18,6 +18,7 @@ from rxlm.data import probes
 from rxlm.data.conversations import Conversation, Interaction
 from rxlm.data.dialogue import Dialogue, pick, seeded
 from rxlm.data.facts import FACT_KINDS, KINDS_BY_NAME, FactKind
+from rxlm.data.wordings import WORDINGS
 from rxlm.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -27,6 +28,11 @@ UNKNOWN_PROBE_SHARE = 0.1
 class GeneratorConfig(Config):
     """How the built-in dialogues are made. The shares are of turns; the rest is small talk."""
 
+    wordings: Literal["few", "many"] = "few"
+    """How many ways the user has to tell, change and ask for a fact: ``few``, all of them well-kept
+    English sentences, about five a kind and learned fast; or ``many``, about fifteen, with
+    contractions, American spelling, greetings, and some in lower case. One way to tell and one to
+    ask is held out of training in both."""
     seed: int = 0
     """Another seed gives other dialogues (the held-out pairs stay the same)."""
     max_facts: int = Field(default=8, ge=1, le=len(FACT_KINDS))
@@ -82,6 +88,7 @@ class DialogueGenerator:
         self.config = config or GeneratorConfig()
         held_out = {kind.name: _held_out(kind, self.config.held_out_values) for kind in FACT_KINDS}
         self._held_out: dict[str, tuple[str, ...]] = held_out
+        self._wordings = WORDINGS[self.config.wordings]
         self._common: dict[str, tuple[str, ...]] = {
             kind.name: tuple(value for value in kind.values if value not in held_out[kind.name])
             for kind in FACT_KINDS
@@ -102,7 +109,12 @@ class DialogueGenerator:
             raise UserError(f"num_turns={num_turns}: expected at least 1.")
         rng = seeded("conversation", self.config.seed, split, index, num_turns)
         dialogue = Dialogue(
-            rng, self._common, self.config.any_value, self.config.made_up, self._held_out
+            rng,
+            self._common,
+            self.config.any_value,
+            self.config.made_up,
+            self._held_out,
+            self._wordings,
         )
         for _ in range(num_turns):
             self._random_turn(dialogue)
@@ -147,7 +159,8 @@ class DialogueGenerator:
         more = () if together == 1 else (together,)
         key = (split, index, kind, distance, num_facts, unseen, *more)
         rng = seeded("probe", self.config.seed, *key)
-        turns = probes.build(plan, rng, index, self._common, self._held_out)
+        dialogue = Dialogue(rng, self._common, wordings=self._wordings)
+        turns = probes.build(plan, dialogue, index, self._held_out)
         suffix = "".join(f"-t{count}" for count in more)
         name = f"builtin-{split}-{kind}-d{distance}-k{num_facts}-{unseen}{suffix}-{index}"
         return Conversation(turns, id=name, source="builtin")
@@ -181,7 +194,7 @@ class DialogueGenerator:
         first, last = telling[0], len(conversation) - 1
         turns = sorted(first + int(rng.random() * (last - first + 1)) for _ in range(count))
         questions = []
-        dialogue = Dialogue(rng, self._common)
+        dialogue = Dialogue(rng, self._common, wordings=self._wordings)
         for turn in turns:
             dialogue.replay(conversation.interactions[: turn + 1])
             untold = dialogue.untold()
@@ -189,7 +202,7 @@ class DialogueGenerator:
                 questions.append((turn, dialogue.unknown_question(pick(rng, untold))))
             else:
                 told = pick(rng, tuple(dialogue.told))
-                questions.append((turn, dialogue.question(KINDS_BY_NAME[told])))
+                questions.append((turn, dialogue.question(dialogue.kinds[told])))
         return questions
 
     def held_out(self, kind: str) -> tuple[str, ...]:

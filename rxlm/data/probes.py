@@ -5,14 +5,13 @@ For ``generator``; see :meth:`rxlm.data.generator.DialogueGenerator.probe`.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from rxlm.data.conversations import Interaction
 from rxlm.data.dialogue import Dialogue, made_up_word, pick, shuffled
-from rxlm.data.facts import FACT_KINDS, KINDS_BY_NAME, FactKind
+from rxlm.data.facts import FACT_KINDS, FactKind
 from rxlm.errors import UserError
 
 PAIR_SHARE = 0.2
@@ -69,11 +68,18 @@ class ProbePlan:
 
 
 def build(
-    plan: ProbePlan, rng: random.Random, index: int, common: Values, held_out: Values
+    plan: ProbePlan, dialogue: Dialogue, index: int, held_out: Values
 ) -> tuple[Interaction, ...]:
-    """Return the turns: [other facts, small talk] fact [facts, small talk, questions] question."""
-    dialogue = Dialogue(rng, common)
-    tested, others = _choose_kinds(plan, rng, index, held_out)
+    """Return the turns: [other facts, small talk] fact [facts, small talk, questions] question.
+
+    Args:
+        plan: what to test.
+        dialogue: an empty one; all choices come from its ``rng``.
+        index: number of the dialogue; the kinds of fact under test take turns over it.
+        held_out: per kind, the values that facts of training never take.
+    """
+    rng = dialogue.rng
+    tested, others = _choose_kinds(plan, dialogue, index, held_out)
     # Of an unknown fact there is nothing to tell: another one is told at the distance instead.
     told = others.pop() if plan.kind == "unknown" else tested
     values = _choose_values(plan, dialogue, told, others, held_out)
@@ -108,14 +114,15 @@ def build(
 
 
 def _choose_kinds(
-    plan: ProbePlan, rng: random.Random, index: int, held_out: Values
+    plan: ProbePlan, dialogue: Dialogue, index: int, held_out: Values
 ) -> tuple[FactKind, list[FactKind]]:
     """Return the kind under test (they take turns) and the kinds of the other facts."""
-    possible = [kind for kind in FACT_KINDS if plan.unseen != "pairs" or held_out[kind.name]]
+    kinds = dialogue.kinds.values()
+    possible = [kind for kind in kinds if plan.unseen != "pairs" or held_out[kind.name]]
     if not possible:
         raise UserError("unseen='pairs' needs held_out_values > 0 in the generator's settings.")
     tested = possible[index % len(possible)]
-    rest = shuffled(rng, (kind for kind in FACT_KINDS if kind is not tested))
+    rest = shuffled(dialogue.rng, (kind for kind in kinds if kind is not tested))
     return tested, rest[: plan.num_facts - (plan.kind != "unknown")]
 
 
@@ -170,6 +177,6 @@ def _fill_between(
         if kind is not None:
             dialogue.tell(kind, values[kind.name])
         elif known and rng.random() < QUESTION_SHARE:
-            dialogue.add(dialogue.question(KINDS_BY_NAME[pick(rng, known)]))
+            dialogue.add(dialogue.question(dialogue.kinds[pick(rng, known)]))
         else:
             dialogue.chat()

@@ -60,6 +60,9 @@ def run_stage_in_processes(stage: StageFile, folder: Path, count: int) -> StageR
     environment = dict(os.environ)
     # What torchrun would set, with a warning; the recipe's `train.threads` comes later and wins.
     environment.setdefault("OMP_NUM_THREADS", "1")
+    # DDP looks for parameters without a gradient in every step, for a curriculum may begin without
+    # memory; where it finds none, it warns once a process, in words that help nobody.
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # A session of its own: Ctrl-C must reach the processes once, not once from the terminal and
     # once from the launcher, for the second one means "stop without saving".
     with StopRequest() as stop:
@@ -67,10 +70,16 @@ def run_stage_in_processes(stage: StageFile, folder: Path, count: int) -> StageR
             command_of(stage, folder, count), env=environment, start_new_session=True
         )
         is_asked = False
-        while (status := _status_of(launcher)) is None:
-            if stop.signal is not None and not is_asked:
+        try:
+            while (status := _status_of(launcher)) is None:
+                if stop.signal is not None and not is_asked:
+                    launcher.terminate()
+                    is_asked = True
+        finally:
+            # A second Ctrl-C may come before the first was handed on: without this the processes
+            # would train on, watched by nobody, into a folder that the next run writes to.
+            if launcher.poll() is None and not is_asked:
                 launcher.terminate()
-                is_asked = True
     record = read_status(folder)
     if record is not None and record.status == "interrupted" and stop.signal is not None:
         return StageResult(

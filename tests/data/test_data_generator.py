@@ -23,9 +23,11 @@ from rxlm.data.facts import (
     SMALL_TALK,
     STATEMENT_PREFIXES,
 )
+from rxlm.data.wordings import WORDINGS
 from rxlm.errors import UserError
 
 GENERATOR = DialogueGenerator(GeneratorConfig(seed=3))
+TALKATIVE = DialogueGenerator(GeneratorConfig(seed=3, wordings="many"))
 FINGERPRINT_CODE = """
 import hashlib, json
 from rxlm.data import DialogueGenerator
@@ -105,10 +107,13 @@ def test_dialogues_are_pinned_and_the_same_in_another_process() -> None:
     assert other.stdout.strip() == FINGERPRINT
 
 
+@pytest.mark.parametrize("generator", [GENERATOR, TALKATIVE], ids=["few", "many"])
 @given(index=st.integers(0, 10_000), num_turns=st.integers(1, 40))
-def test_answers_follow_from_the_history(index: int, num_turns: int) -> None:
+def test_answers_follow_from_the_history(
+    generator: DialogueGenerator, index: int, num_turns: int
+) -> None:
     """Catches an answer with a stale value, a wrong distance, an update that changes nothing."""
-    conversation = GENERATOR.conversation(index, num_turns)
+    conversation = generator.conversation(index, num_turns)
     assert len(conversation) == num_turns
     replay(conversation)
     assert Conversation.from_dict(json.loads(json.dumps(conversation.to_dict()))) == conversation
@@ -177,31 +182,35 @@ def test_values_never_collide_within_a_pool() -> None:
                 told[value] = (kind, value)
 
 
-def test_held_out_pairs_are_never_told_but_their_words_are_met() -> None:
+@pytest.mark.parametrize("generator", [GENERATOR, TALKATIVE], ids=["few", "many"])
+def test_held_out_pairs_are_never_told_but_their_words_are_met(
+    generator: DialogueGenerator,
+) -> None:
     """Catches leaks of the held-out pairs, and words that training would never have seen."""
     words: set[str] = set()
     for index in range(10_000):
         split = ("train", "valid", "test")[index % 3]
-        for interaction in GENERATOR.conversation(index, 6, split).interactions:
+        for interaction in generator.conversation(index, 6, split).interactions:
             for kind, value in interaction.told:
-                assert value not in GENERATOR.held_out(kind)
+                assert value not in generator.held_out(kind)
             words.update(re.findall(r"\w+", interaction.query))
     values = {value for pool in POOLS.values() for value in pool}
     assert values <= words
     assert {pool for pool, _, answer in DISTRACTORS if "{}" in answer} == set(POOLS)
     for fact in FACT_KINDS:
-        assert len(GENERATOR.held_out(fact.name)) == round(0.1 * len(fact.values))
+        assert len(generator.held_out(fact.name)) == round(0.1 * len(fact.values))
         for template in (fact.statements[-1], fact.questions[-1]):
             template = template[0].upper() + template[1:]
             assert set(re.findall(r"\w+", template)) <= words, template
 
 
-def test_held_out_templates_do_not_occur_in_training() -> None:
+@pytest.mark.parametrize("generator", [GENERATOR, TALKATIVE], ids=["few", "many"])
+def test_held_out_templates_do_not_occur_in_training(generator: DialogueGenerator) -> None:
     """Catches a held-out wording that is used after all, or that another template repeats."""
     queries = [
         interaction.query.lower()
         for index in range(3000)
-        for interaction in GENERATOR.conversation(index, 8).interactions
+        for interaction in generator.conversation(index, 8).interactions
     ]
     text = "\n".join(queries)
     for kind in FACT_KINDS:
@@ -260,6 +269,42 @@ def test_turns_are_short_and_values_spelled_in_one_way() -> None:
                 for match in re.finditer(r"\w+", part):
                     if match.group() in values:
                         assert part[match.start() - 1 : match.start()] == " ", part
+
+
+def test_many_wordings_contain_the_few_and_mean_one_thing() -> None:
+    """Catches a wording that two kinds share (no answer could be right), one that occurs twice, and
+    a set that says other things than the small one."""
+    few, many = WORDINGS["few"], WORDINGS["many"]
+    assert [kind.name for kind in many.kinds] == [kind.name for kind in few.kinds]
+    for field in ("statements", "updates", "questions"):
+        for small, large in zip(few.kinds, many.kinds, strict=True):
+            known, all_of_it = getattr(small, field), getattr(large, field)
+            assert set(known) < set(all_of_it) and known[-1] == all_of_it[-1]
+            assert len(all_of_it) >= 2 * len(known)
+    wordings = [
+        wording.lower()
+        for kind in many.kinds
+        for wording in {*kind.statements, *kind.updates, *kind.questions}
+    ]
+    assert len(wordings) == len(set(wordings))
+    queries = [query for query, _ in many.small_talk]
+    assert len(queries) == len(set(queries))
+
+
+def test_some_write_carelessly_where_wordings_are_many() -> None:
+    """Catches a share of careless turns that is lost, or that changes what is told."""
+    turns = [
+        turn
+        for index in range(500)
+        for turn in TALKATIVE.conversation(index, 8).interactions
+        if turn.kind != "chat"
+    ]
+    careless = [turn for turn in turns if turn.query[-1] not in ".?!"]
+    assert abs(len(careless) / len(turns) - WORDINGS["many"].casual) < 0.03
+    assert not any(re.search(r"\bI\b", turn.query) for turn in careless)
+    assert all(turn.answer[0].isupper() and turn.answer[-1] in ".?!" for turn in careless)
+    told = [turn for turn in careless if turn.told]
+    assert told and all(value in turn.query for turn in told for _, value in turn.told)
 
 
 def test_pools_are_disjoint_single_words() -> None:
@@ -343,18 +388,21 @@ def test_probe_refuses_what_it_cannot_build() -> None:
         GeneratorConfig(question=0.9)
 
 
+@pytest.mark.parametrize("generator", [GENERATOR, TALKATIVE], ids=["few", "many"])
 @given(index=st.integers(0, 500), num_turns=st.integers(1, 12))
-def test_probe_questions_ask_for_the_value_of_that_moment(index: int, num_turns: int) -> None:
+def test_probe_questions_ask_for_the_value_of_that_moment(
+    generator: DialogueGenerator, index: int, num_turns: int
+) -> None:
     """Catches questions answered with a value told or changed only later."""
-    conversation = GENERATOR.conversation(index, num_turns)
-    questions = GENERATOR.probe_questions(conversation, index, 4)
+    conversation = generator.conversation(index, num_turns)
+    questions = generator.probe_questions(conversation, index, 4)
     first = next((turn for turn, item in enumerate(conversation.interactions) if item.told), None)
     assert len(questions) == (0 if first is None else 4)
     assert [turn for turn, _ in questions] == sorted(turn for turn, _ in questions)
     for turn, question in questions:
         assert question.kind in ("question", "unknown") and not question.told
         replay(Conversation((*conversation.interactions[: turn + 1], question)))
-    assert questions == GENERATOR.probe_questions(conversation, index, 4)
+    assert questions == generator.probe_questions(conversation, index, 4)
 
 
 def test_probe_questions_cover_turns_and_sometimes_ask_for_the_unknown() -> None:
