@@ -4,11 +4,14 @@
 #   TORCH_FLAGS='...'      extra pip flags for torch alone. On a Linux machine without an NVIDIA
 #                          card, '--index-url URL' with the CPU index that PyTorch's install page
 #                          names saves gigabytes
+#   PROCESSES=1            how many share the training of the quick start; two, where there are
+#                          two CPU cores
 #   PYTEST_ARGS='...'      extra arguments for pytest
 
 PYTHON ?= python3
 TORCH_FLAGS ?=
 PYTEST_ARGS ?=
+PROCESSES ?= $(shell [ "$$(nproc || getconf _NPROCESSORS_ONLN)" -ge 2 ] 2>/dev/null && echo 2 || echo 1)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +28,7 @@ help: ## show this list
 install: $(DEV) ## make .venv with the package and the development tools
 
 quickstart: $(BASE) ## train a nano model through all stages, then watch it remember (minutes, CPU)
-	$(BIN)/rxlm pipeline run stages/nano --out runs/nano
+	$(BIN)/rxlm pipeline run stages/nano-linear --out runs/nano --processes $(PROCESSES)
 	$(BIN)/rxlm demo runs/nano
 
 test: $(DEV) ## run the test suite

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from update_readme import recall_table, training_minutes
+from update_readme import recall_table, training_minutes, training_processes, workers
 
 from rxlm.errors import RunError, UserError
 from rxlm.evaluation.recall_summary import pool
@@ -138,8 +138,8 @@ def section(run: Path) -> list[str]:
         f"## `stages/{run.name}`",
         markdown_table(recall_table(recall["rows"], recall["settings"]["unseen"][0])).rstrip(),
         f"{figures[:1].upper()}{figures[1:]}. {model['num_parameters']:,} parameters, "
-        f"{training_minutes(run):.1f} minutes of training steps, {environment['num_threads']} "
-        f"thread{'s' * (environment['num_threads'] > 1)} on a machine with "
+        f"{training_minutes(run):.1f} minutes of training steps, "
+        f"{workers(environment, training_processes(run))} on a machine with "
         f"{environment['num_cpus']} CPU cores, torch {environment['torch']}.",
     ]
 

@@ -1,6 +1,6 @@
 """Fills the README's transcript and recall table from a pipeline's report.
 
-    rxlm pipeline run stages/nano --out runs/nano && rxlm demo runs/nano     (= make quickstart)
+    make quickstart
     python scripts/update_readme.py runs/nano             # rewrites the two blocks
     python scripts/update_readme.py runs/nano --check     # exit status 1 if they would change
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,9 @@ NOVELTY = {
     "none": "The dialogues are new, their words and values are not.",
 }
 """What the test dialogues hold that training did not, by the ``unseen`` of the main test."""
+HARDER = {"words": "made-up words", "templates": "wordings never met in training"}
+"""What stands below the table of harder questions for told facts, by their ``unseen``."""
+FARTHEST_OF_HARDER = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,7 +110,7 @@ def render_blocks(run: Path, beside: str = "") -> dict[str, str]:
         raise UserError(f"{run / REPORT_FILE} holds no conversation: run 'rxlm demo {run}' first.")
     return {
         "transcript": render_transcript(report["transcript"]),
-        "recall": render_recall(report, training_minutes(run), beside),
+        "recall": render_recall(report, training_minutes(run), beside, training_processes(run)),
     }
 
 
@@ -123,16 +127,48 @@ def render_transcript(parts: Sequence[Sequence[Sequence[Any]]]) -> str:
     return f"```text\n    {'you':{width}}  model\n{restart.join(shown)}\n```"
 
 
-def render_recall(report: Mapping[str, Any], minutes: float, beside: str = "") -> str:
+def harder_rows(rows: Sequence[RecallRow], unseen: str) -> list[RecallRow]:
+    """Return what was asked of told facts over the turns of the main test, new in another way."""
+    return [
+        row
+        for row in matching(rows, test="recall", unseen=unseen, condition="memory")
+        if row["distance"] <= FARTHEST_OF_HARDER
+    ]
+
+
+def workers(environment: Mapping[str, Any], processes: int) -> str:
+    """Return how many processes and threads a training had, in words."""
+    threads = environment["num_threads"]
+    each = f"{threads} thread{'s' * (threads > 1)}"
+    return each if processes == 1 else f"{processes} processes of {each}"
+
+
+def training_processes(run: Path) -> int:
+    """Return how many processes shared the training of the last stage of a pipeline."""
+    last = sorted(path for path in run.glob("[0-9]*_*") if path.is_dir())[-1]
+    return int(json.loads((last / "env.json").read_text(encoding="utf-8"))["world_size"])
+
+
+def render_recall(
+    report: Mapping[str, Any], minutes: float, beside: str = "", processes: int = 1
+) -> str:
     """Return the recall table, the figures below it, and how they were made."""
     recall, model, environment = report["recall"], report["model"], report["environment"]
     settings = recall["settings"]
     figures = [figure for figure in recall["summary"] if figure["name"] in FIGURES]
-    others = "; ".join(f"{item['label']}: {percent(item['value'])} %" for item in figures)
     main = settings["unseen"][0]
+    others = "; ".join(
+        [
+            *(f"{item['label']}: {percent(item['value'])} %" for item in figures),
+            *(
+                f"{label}: {percent(pool(found).mean)} %"
+                for unseen, label in HARDER.items()
+                if unseen != main and (found := harder_rows(recall["rows"], unseen))
+            ),
+        ]
+    )
     table = recall_table(recall["rows"], main)
     count, seeds = settings["dialogues"], len(settings["seeds"])
-    threads = environment["num_threads"]
     option = f" --beside '{beside}'" if beside else ""
     return "\n".join(
         [
@@ -148,7 +184,7 @@ def render_recall(report: Mapping[str, Any], minutes: float, beside: str = "") -
             "",
             f"{model['num_parameters']:,} parameters; a memory of {model['num_layers']} layers x "
             f"{model['num_slots']} slots x {model['dim']} numbers; {minutes:.1f} minutes of "
-            f"training steps, {threads} thread{'s' * (threads > 1)} on a machine with "
+            f"training steps, {workers(environment, processes)} on a machine with "
             f"{environment['num_cpus']} CPU cores{f', with {beside} beside it' if beside else ''}, "
             f"torch {environment['torch']}. Printed by "
             "`make quickstart`, with 95 % intervals and more in its `runs/nano/report.md`; copied "

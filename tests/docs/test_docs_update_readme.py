@@ -45,10 +45,14 @@ def run(tmp_path: Path) -> Path:
         (folder / name).mkdir(parents=True)
         status = RunStatus(stage="sft", status="complete", seconds=seconds)
         (folder / name / "run.json").write_text(status.model_dump_json(), encoding="utf-8")
+        (folder / name / "env.json").write_text('{"world_size": 2}', encoding="utf-8")
     rows = [
         recall_row(),
         recall_row(condition="zeroed", exact=0.02),
         recall_row(test="update", exact=0.9, stale=0.04),
+        recall_row(unseen="words", exact=0.7),
+        recall_row(unseen="words", exact=0.5, condition="zeroed"),
+        recall_row(unseen="words", exact=0.1, distance=16),
     ]
     settings = RecallSettings(seeds=(0,), dialogues=50).model_dump(mode="json")
     report = {
@@ -82,7 +86,9 @@ def test_the_blocks_hold_what_the_report_says(
     assert text.index("Hello, Ann.") < text.index("new one loads") < text.index("Who am I?")
     assert "| 4 | 96.0 | 2.0 | 2.0 |" in text
     assert "old value of a changed fact: 4.0 %" in text
+    assert "made-up words: 70.0 %" in text
     assert "1,234,567 parameters" in text and "5.0 minutes" in text
+    assert "2 processes of 1 thread on" in text
 
 
 def test_check_tells_a_current_readme_from_an_old_one(

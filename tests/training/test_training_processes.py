@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from rxlm.errors import RunError, UserError
+from rxlm.training import processes
 from rxlm.training.checkpoint import find_latest
 from rxlm.training.pipeline import plan_pipeline, run_pipeline
 from rxlm.training.processes import check_processes, command_of, run_stage_in_processes
@@ -90,6 +93,26 @@ def test_a_signal_is_handed_on(recipes: Path, tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
     assert (result.status, result.signal) == ("interrupted", signal.SIGTERM)
     assert find_latest(folder) is not None, "saved before it ended"
+
+
+def test_a_second_ctrl_c_leaves_nobody_behind(
+    recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches processes that train on, watched by nobody, after two signals at once."""
+    stage = read_recipe(recipes / "2_joint.yaml")
+    sleep = [sys.executable, "-c", "import time; time.sleep(100)"]
+    monkeypatch.setattr(processes, "command_of", lambda *_: sleep)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def interrupted(launcher: subprocess.Popen[bytes]) -> None:
+        started.append(launcher)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(processes, "_status_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage_in_processes(stage, tmp_path / "out", 2)
+    assert started[0].wait(timeout=20) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("count", [0, 100_000])
