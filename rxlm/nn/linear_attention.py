@@ -255,6 +255,7 @@ class LinearSelfAttention(nn.Module):
             settings.value_dim,
             carried=settings.carried,
             write_stretch=settings.write_stretch,
+            decay_shrinkage=settings.decay_shrinkage,
         )
 
     def _form(self, num_tokens: int) -> Literal["chunk", "recurrent", "step"]:

@@ -60,6 +60,7 @@ class TokenGates(nn.Module):
         *,
         carried: bool = False,
         write_stretch: float = 0.0,
+        decay_shrinkage: float = 0.0,
     ) -> None:
         """Build the projections.
 
@@ -73,11 +74,13 @@ class TokenGates(nn.Module):
             write_stretch: above 0, a token may leave the state exactly as it is
                 (:func:`rxlm.ops.stretch.stretched`). A sigmoid never does, and what a thousand
                 tokens erase a little is gone.
+            decay_shrinkage: above 0, decays slower than that a token are none: ``log a`` becomes
+                ``min(log a + d, 0)``, the soft threshold of the rate. ``exp`` never reaches 1.
         """
         super().__init__()
         kind = MECHANISMS[mechanism]
         self.num_value_heads = num_value_heads
-        self.write_stretch = write_stretch
+        self.write_stretch, self.decay_shrinkage = write_stretch, decay_shrinkage
         self.decay_is_per_channel = kind.decay == "channel"
         self.has_rate = mechanism in SMALLEST_RATES
         num_decays = num_value_heads * (key_dim if self.decay_is_per_channel else 1)
@@ -119,6 +122,8 @@ class TokenGates(nn.Module):
         if self.decay is not None:
             logits = _at_least_float32(self.decay(x))
             log_decay = self._log_decay(logits if offsets is None else logits + offsets[0])
+            if self.decay_shrinkage > 0:
+                log_decay = (log_decay + self.decay_shrinkage).clamp(max=0.0)
             if self.decay_is_per_channel:
                 log_decay = log_decay.unflatten(-1, (self.num_value_heads, -1))
         write_strength = None

@@ -46,6 +46,7 @@ class LinearAttentionSettings:
         carried: whether the state goes on to the next turn, so that decays start slower; changes
             nothing but the start.
         write_stretch: of the write strengths of delta rules, see :class:`TokenGates`.
+        decay_shrinkage: of the decays, see there.
     """
 
     mechanism: str
@@ -63,6 +64,7 @@ class LinearAttentionSettings:
     memory_fusion: MemoryFusionMode | None = None
     carried: bool = False
     write_stretch: float = 0.0
+    decay_shrinkage: float = 0.0
 
     def __post_init__(self) -> None:
         for field, given, known in (

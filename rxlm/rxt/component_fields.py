@@ -184,6 +184,11 @@ class ComponentFields(Config):
     """How far the write strength b of a delta rule reaches beyond 0 and 1 before it is cut there,
     (1 + 2 s) b - s: above 0, a token may leave the state exactly as it is, so that what `md_gdn`
     carries outlasts many turns. A later stage may change it. Not in the reference."""
+    linear_attn_decay_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Decays of linear attention slower than this a token (of the logarithm) are none, the others
+    become slower by as much: log a := min(log a + d, 0). A channel that fades by a thousandth a
+    token has lost nine tenths after 2,300 tokens. A later stage may change it. Not in the
+    reference."""
 
     memory_fusion_mode: Literal["add", "concat"] = "add"
     """How memory enters the gates of `md_gdn` in the decoder: as an offset of their logits, or

@@ -158,6 +158,7 @@ def ignored_fields(config: ComponentFields) -> list[str]:
     unless(bool(linear & set(KINDS_OF_FULL_KEY_WIDTH)), "linear_attn_key_dim")
     unless(bool(linear) and config.linear_attn_use_short_conv, "linear_attn_conv_size")
     unless(bool(linear - {"gla"}), "linear_attn_write_stretch")
+    unless(bool(linear - {"deltanet"}), "linear_attn_decay_shrinkage")
     unless(cross and MEMORY_DRIVEN_KIND in kinds, "memory_fusion_mode")
     unless("dense" in feed_forwards, "dense_layer_dim")
     moe = config.use_moe or "moe" in feed_forwards

@@ -51,7 +51,9 @@ NOT_ARCHITECTURE = frozenset(
 )  # fmt: skip
 """Fields that leave what a model computes from given weights unchanged."""
 
-CHANGED_BY_STAGES = frozenset({"residual_gate_stretch", "linear_attn_write_stretch"})
+CHANGED_BY_STAGES = frozenset(
+    {"residual_gate_stretch", "linear_attn_write_stretch", "linear_attn_decay_shrinkage"}
+)
 """Fields that change what a model computes, but no weight: a later stage may train on with them."""
 
 

@@ -397,6 +397,7 @@ def _linear_settings(
         memory_fusion=config.memory_fusion_mode if memory_driven and reads_memory else None,
         carried=memory_driven and may_carry,
         write_stretch=config.linear_attn_write_stretch,
+        decay_shrinkage=config.linear_attn_decay_shrinkage,
     )
 
 

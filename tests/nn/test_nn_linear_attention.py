@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D width, H query/key heads, HV value heads, K/V head 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -108,6 +109,7 @@ def written_out(settings: LinearAttentionSettings, weights: dict[str, Tensor], x
         logits = linear(name, x if kind == "gated_deltanet" else linear("f_proj.0", x))
         steps = torch.log1p(torch.exp(logits + weights["dt_bias"])).view(len(x), value_heads, -1)
         decay = torch.exp(-weights["A_log"].exp()[:, None] * steps).expand_as(decay)
+    decay = (decay * math.exp(settings.decay_shrinkage)).clamp(max=1.0)
     outputs = []
     for head in range(value_heads):
         shared = head * heads // value_heads
@@ -149,6 +151,24 @@ def test_a_stretched_write_may_leave_the_state_alone() -> None:
     assert torch.equal(strength, torch.tensor([0.0, 1.0], dtype=strength.dtype).expand(1, 7, 2))
 
 
+@pytest.mark.parametrize("mechanism", ["gla", "gated_deltanet", "kda"])
+def test_slow_decays_are_none_where_decays_shrink(mechanism: str) -> None:
+    """Catches a channel that fades although it should be kept, one that grows, and a decay that is
+    shrunk in the wrong place (of the logits, or of the factor)."""
+    x = torch.randn(2, 50, 12, dtype=torch.float64)
+    gates = module_of(settings_of(mechanism)).gates
+    decays = gates(x).log_decay
+    assert decays is not None
+    middle = -decays.median().item()
+    gates.decay_shrinkage = middle
+    shrunk = gates(x).log_decay
+    assert shrunk is not None
+    slow = decays > -middle
+    assert 0.3 < slow.double().mean() < 0.7
+    assert (shrunk[slow] == 0).all()
+    torch.testing.assert_close(shrunk[~slow], decays[~slow] + middle, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 @pytest.mark.parametrize(
     "fields",
@@ -158,8 +178,9 @@ def test_a_stretched_write_may_leave_the_state_alone() -> None:
         {"gated": False, "norm_eps": 0.1},
         {"mode": "fused", "conv_size": 2, "num_heads": 3},
         {"write_stretch": 0.5},
+        {"decay_shrinkage": 0.3},
     ],
-    ids=["default", "no convolution", "no gate", "fused", "stretched writes"],
+    ids=["default", "no convolution", "no gate", "fused", "stretched writes", "shrunk decays"],
 )
 def test_equals_the_published_equations(mechanism: str, fields: dict[str, Any]) -> None:
     """Catches a wrong activation, norm, order of steps or gate, and a weight of an fla layer that

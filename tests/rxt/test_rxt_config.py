@@ -41,6 +41,7 @@ COMPONENT_DEFAULTS: dict[str, Any] = {
     "linear_attn_expand_k": 0.5, "linear_attn_expand_v": 1.0, "linear_attn_use_short_conv": True,
     "linear_attn_conv_size": 4, "linear_attn_use_gate": True, "linear_attn_norm_eps": 1e-5,
     "linear_attn_write_stretch": 0.0,
+    "linear_attn_decay_shrinkage": 0.0,
     "memory_fusion_mode": "add",
     "linear_attn_heads": None, "linear_attn_key_dim": None, "stateless_layers_config": None,
     "final_stateless_layers_config": None, "use_moe": False, "num_experts": 1, "moe_top_k": 1,

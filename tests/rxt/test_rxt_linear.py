@@ -98,11 +98,11 @@ def test_every_field_arrives() -> None:
         "linear_attn_mode": "fused_recurrent", "linear_attn_expand_k": 0.75,
         "linear_attn_expand_v": 2.0, "linear_attn_heads": 2, "linear_attn_use_short_conv": True,
         "linear_attn_conv_size": 3, "linear_attn_use_gate": False, "linear_attn_norm_eps": 0.5,
-        "linear_attn_write_stretch": 0.1,
+        "linear_attn_write_stretch": 0.1, "linear_attn_decay_shrinkage": 0.2,
     }  # fmt: skip
     expected = LinearAttentionSettings(
         "gated_deltanet", dim=16, num_heads=2, key_dim=6, value_dim=16, mode="fused", conv_size=3,
-        gated=False, norm_eps=0.5, write_stretch=0.1,
+        gated=False, norm_eps=0.5, write_stretch=0.1, decay_shrinkage=0.2,
     )  # fmt: skip
     assert attentions(decoder_of(**fields)) == [expected] * 2
     both = [settings.bidirectional for settings in attentions(encoder_of(**fields))]

@@ -86,6 +86,8 @@ def test_all_stages_describe_one_model(folder: Path) -> None:
         for part, field in (
             ("decoder", "linear_attn_write_stretch"),
             ("encoder", "linear_attn_write_stretch"),
+            ("decoder", "linear_attn_decay_shrinkage"),
+            ("encoder", "linear_attn_decay_shrinkage"),
             ("memory_attention", "residual_gate_stretch"),
         ):
             assert models[-1][part][field] > models[0][part][field] == 0.0
