@@ -16,6 +16,9 @@ PROCESSES ?= $(shell [ "$$(nproc || getconf _NPROCESSORS_ONLN)" -ge 2 ] 2>/dev/n
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+# As people write, not only five ways to say a thing: that takes more updates to learn.
+QUICKSTART := data.generator.wordings=many memory_aware.train.steps=2400 \
+	evaluation.recall.dialogues=50
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 
@@ -28,7 +31,7 @@ help: ## show this list
 install: $(DEV) ## make .venv with the package and the development tools
 
 quickstart: $(BASE) ## train a nano model through all stages, then watch it remember (minutes, CPU)
-	$(BIN)/rxlm pipeline run stages/nano-linear --out runs/nano --processes $(PROCESSES)
+	$(BIN)/rxlm pipeline run stages/nano-linear --out runs/nano --processes $(PROCESSES) $(QUICKSTART)
 	$(BIN)/rxlm demo runs/nano
 
 test: $(DEV) ## run the test suite

@@ -144,7 +144,8 @@ def command_lines(program: str) -> Iterator[CommandLine]:
     """Yield the command lines of ``program`` in all pages."""
     for page in PAGES:
         for block in blocks_of(page, "bash"):
-            for offset, line in enumerate(block.text.splitlines()):
+            # A backslash goes on with the next line.
+            for offset, line in enumerate(block.text.replace("\\\n", " ").splitlines()):
                 words = shlex.split(line, comments=True)
                 words = words[1:] if words[:1] == ["$"] else words
                 words = [Path(words[0]).name, *words[1:]] if words else []
