@@ -11,6 +11,7 @@ of many turns, which runs decoder and memory once a turn, is reduced once.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -197,9 +198,12 @@ class DataParallel(Strategy):
             return
         # Which parameters a step uses depends on the step: a curriculum may begin without memory.
         # A parameter that no process used keeps no gradient, as in a single process.
-        self._wrapped = DistributedDataParallel(
-            self._loss, broadcast_buffers=False, find_unused_parameters=True
-        )
+        with warnings.catch_warnings():
+            # torch 2.13 has another name for it, which the versions before do not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self._wrapped = DistributedDataParallel(
+                self._loss, broadcast_buffers=False, find_unused_parameters=True
+            )
 
     def compute(self, batch: Any, step: int, *, is_last: bool) -> StepOutput:
         """As :meth:`Strategy.compute`; the last micro-batch makes the processes exchange."""
