@@ -10,7 +10,7 @@ from rxlm.errors import UserError
 from rxlm.evaluation.result_tables import NO_VALUE, percent
 from rxlm.evaluation.suite.facts import mean_chance, pooled, select
 from rxlm.evaluation.suite.findings import Finding
-from rxlm.evaluation.suite.settings import TEST_TITLES
+from rxlm.evaluation.suite.settings import TEST_TITLES, SuiteSettings
 from rxlm.evaluation.suite.tables import shown_number
 from rxlm.evaluation.tables import Table
 
@@ -39,9 +39,14 @@ def check_same_questions(documents: Mapping[str, Any]) -> None:
     Raises:
         UserError: see :func:`comparison_tables`.
     """
+    # Read anew: a setting that an older document does not know had the default.
+    settings: dict[str, dict[str, Any]] = {}
+    for name, document in documents.items():
+        parsed = SuiteSettings.parse(document["settings"], f"settings of {name}")
+        settings[name] = parsed.model_dump(mode="json")
     for (first, one), (name, other) in itertools.combinations(documents.items(), 2):
         for test in ("seeds", "max_answer_tokens", *one["tests"].keys() & other["tests"].keys()):
-            mine, theirs = one["settings"][test], other["settings"][test]
+            mine, theirs = settings[first][test], settings[name][test]
             if mine != theirs:
                 raise UserError(
                     f"{first} and {name} were asked different questions: {test} was {mine} and "

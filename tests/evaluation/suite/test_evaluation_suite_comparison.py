@@ -58,3 +58,12 @@ def test_other_questions_are_refused() -> None:
     for setting in ({"seeds": [1]}, {"facts": {"dialogues": 20}}):
         with pytest.raises(UserError, match=next(iter(setting))):
             comparison_tables({"a": document(0.5), "b": document(0.5, **setting)})
+
+
+def test_a_setting_that_came_later_had_the_default() -> None:
+    """Catches documents that can no longer be compared because one is older than a setting."""
+    new = document(0.5, facts={"dialogues": 100, "distances": [1, 2, 4, 8, 16]})
+    comparison_tables({"old": document(0.5), "new": new})
+    other = document(0.5, facts={"dialogues": 100, "distances": [1]})
+    with pytest.raises(UserError, match=r"old and new .*facts"):
+        comparison_tables({"old": document(0.5), "new": other})
