@@ -11,7 +11,7 @@
 PYTHON ?= python3
 TORCH_FLAGS ?=
 PYTEST_ARGS ?=
-PROCESSES ?= $(shell [ "$$(nproc || getconf _NPROCESSORS_ONLN)" -ge 2 ] 2>/dev/null && echo 2 || echo 1)
+PROCESSES ?= $(shell [ "$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)" -ge 2 ] && echo 2 || echo 1)
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -117,6 +117,21 @@ def test_every_field_arrives() -> None:
     assert attentions(without)[0].conv_size is None
 
 
+@pytest.mark.parametrize(
+    ("field", "kind", "other"),
+    [
+        ("linear_attn_write_stretch", "gla", "deltanet"),
+        ("linear_attn_decay_shrinkage", "deltanet", "gla"),
+    ],
+)
+def test_cuts_that_a_mechanism_does_not_have_are_reported(
+    field: str, kind: str, other: str
+) -> None:
+    """Catches a setting that seems to work: GLA has no write strength, DeltaNet no decay."""
+    assert decoder_of(**LAYOUTS[kind], **{field: 0.1}).config.ignored_fields() == [field]
+    assert decoder_of(**LAYOUTS[other], **{field: 0.1}).config.ignored_fields() == []
+
+
 @layouts
 @given(data=st.data())
 @settings(max_examples=8, deadline=None)
