@@ -109,7 +109,7 @@ def perplexity(
 
     Example: rxlm eval perplexity runs/nano --data my.valid.jsonl max_dialogues=50
     """
-    from rxlm.data.conversation_source import BUILTIN, DataConfig
+    from rxlm.data.data_config import BUILTIN, DataConfig
     from rxlm.data.sources import load_conversations
     from rxlm.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
     from rxlm.evaluation.report import build_report

@@ -87,7 +87,7 @@ def show(
 
 
 def _of_data(model: RxTAlpha, data: str, number: int, turns: int) -> list[TurnTrace]:
-    from rxlm.data.conversation_source import BUILTIN
+    from rxlm.data.data_config import BUILTIN
     from rxlm.data.generator import DialogueGenerator
     from rxlm.data.sources import load_conversations
     from rxlm.evaluation.memory_trace import trace_conversation

@@ -114,7 +114,7 @@ def describe(folder: Path, text: str | None) -> dict[str, Any]:
 
 def _read(item: str) -> Any:
     """Return the texts that one argument stands for."""
-    from rxlm.data.conversation_source import BUILTIN, DataConfig
+    from rxlm.data.data_config import BUILTIN, DataConfig
     from rxlm.data.sources import load_texts
     from rxlm.training.tokenizer_stage import TokenizerStageSettings, tokenizer_texts
 

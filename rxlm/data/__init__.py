@@ -7,12 +7,12 @@ No torch, no tokens (``rxlm.tokenization``), no batches (``rxlm.training``). Beg
 from rxlm.data.conversation_source import (
     ConversationList,
     ConversationSource,
-    DataConfig,
     GeneratedConversations,
     conversation_texts,
     open_conversations,
 )
 from rxlm.data.conversations import Conversation, Interaction
+from rxlm.data.data_config import DataConfig
 from rxlm.data.generator import DialogueGenerator, GeneratorConfig
 from rxlm.data.order import epoch_order, locate, sample_index
 from rxlm.data.sources import load_conversations, load_texts

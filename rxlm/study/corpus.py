@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rxlm.data.characters import UNKNOWN_ID, CharacterVocabulary
-from rxlm.data.conversation_source import DataConfig
+from rxlm.data.data_config import DataConfig
 from rxlm.data.files import TEXT_SUFFIXES
 from rxlm.data.order import sample_index
 from rxlm.data.sources import load_texts

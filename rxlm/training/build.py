@@ -13,12 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from rxlm.data.conversation_mixture import MixedConversations
-from rxlm.data.conversation_source import (
-    ConversationList,
-    ConversationSource,
-    DataConfig,
-    open_conversations,
-)
+from rxlm.data.conversation_source import ConversationList, ConversationSource, open_conversations
+from rxlm.data.data_config import DataConfig
 from rxlm.data.records import DataSummary
 from rxlm.errors import UserError
 from rxlm.nn.int8_linear import require_trainable

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from rxlm.data.conversation_source import AUTO, DataConfig
+from rxlm.data.data_config import AUTO, DataConfig
 from rxlm.data.dataset_texts import (
     HUB_PREFIX,
     DatasetRecords,

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rxlm.data.conversation_mixture import MixedConversations
-from rxlm.data.conversation_source import BUILTIN, ConversationList, DataConfig, open_conversations
+from rxlm.data.conversation_source import ConversationList, open_conversations
 from rxlm.data.conversations import Conversation
+from rxlm.data.data_config import BUILTIN, DataConfig
 from rxlm.data.generator import DialogueGenerator, GeneratorConfig
 from rxlm.errors import UserError
 from rxlm.evaluation.card import write_results_card

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from rxlm.data.conversation_source import BUILTIN, DataConfig
+from rxlm.data.data_config import BUILTIN, DataConfig
 from rxlm.data.dataset_texts import is_dataset, load_dataset_texts
 from rxlm.data.records import DataSummary
 from rxlm.data.sources import load_texts

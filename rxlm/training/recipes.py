@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from rxlm.configuration import Config
-from rxlm.data.conversation_source import DataConfig
+from rxlm.data.data_config import DataConfig
 from rxlm.errors import UserError
 from rxlm.evaluation.perplexity import PerplexitySettings
 from rxlm.evaluation.recall_plan import RecallSettings

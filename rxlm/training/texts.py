@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from rxlm.data.conversation_source import ConversationList, DataConfig, open_conversations
+from rxlm.data.conversation_source import ConversationList, open_conversations
+from rxlm.data.data_config import DataConfig
 from rxlm.data.dataset_texts import (
     HUB_PREFIX,
     is_dataset,

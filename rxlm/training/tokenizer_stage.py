@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from rxlm.configuration import Config
-from rxlm.data.conversation_source import DataConfig, conversation_texts, open_conversations
+from rxlm.data.conversation_source import conversation_texts, open_conversations
+from rxlm.data.data_config import DataConfig
 from rxlm.data.records import DataSummary
 from rxlm.tokenization import Tokenizer, TokenizerTraining, train_tokenizer
 from rxlm.training.run_folder import RunFolder, RunStatus

@@ -11,7 +11,7 @@ import pytest
 
 from rxlm.data import load_conversations, load_texts
 from rxlm.data.checking import check_files
-from rxlm.data.conversation_source import DataConfig
+from rxlm.data.data_config import DataConfig
 from rxlm.data.records import DataSummary, read_records
 from rxlm.errors import UserError
 

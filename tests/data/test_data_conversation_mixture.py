@@ -88,13 +88,51 @@ def test_what_a_run_keeps_can_be_read_again() -> None:
     assert DataConfig.parse(config.model_dump(mode="json"), "data") == config
 
 
+def test_only_ids_that_match_are_read(tmp_path: Path) -> None:
+    """Catches a pattern that is not asked of validation, or of one source only, or matched in the
+    middle of an id."""
+    for split in ("train", "valid"):
+        rows = [item for name in ("a1", "a2", "ba1") for item in conversations(name, 3)]
+        lines = (json.dumps(item.to_dict()) for item in rows)
+        (tmp_path / f"some.{split}.jsonl").write_text("\n".join(lines))
+    path = str(tmp_path / "some.train.jsonl")
+    items = [
+        {"dialogues": path, "weight": 1, "id_pattern": "a[12]-"},
+        {"dialogues": path, "weight": 1, "id_pattern": "b"},
+    ]
+    config = DataConfig.parse({"dialogue_mixture": items[:1]}, "data")
+    both = DataConfig.parse({"dialogue_mixture": items}, "data")
+    alone = DataConfig.parse({"dialogues": path, "id_pattern": "a1"}, "data")
+    for split in ("train", "valid"):
+        for data, names in ((config, {"a1", "a2"}), (both, {"a1", "a2", "ba1"}), (alone, {"a1"})):
+            source = open_conversations(data, split)
+            ids = {source.sample(position, 3).id.split("-")[0] for position in range(40)}
+            assert ids == names
+
+
+def test_pattern_that_chooses_nothing_is_refused(tmp_path: Path) -> None:
+    """Catches a misspelt pattern that ends as an empty source somewhere else."""
+    file = tmp_path / "some.jsonl"
+    file.write_text("\n".join(json.dumps(item.to_dict()) for item in conversations("a", 4)))
+    with pytest.raises(UserError, match=r"id_pattern='c': no conversation .* first are 'a-0'"):
+        open_conversations(DataConfig(dialogues=str(file), id_pattern="c"))
+    with pytest.raises(UserError, match=r"id_pattern='\('.*regular expression"):
+        DataConfig.parse({"dialogues": str(file), "id_pattern": "("}, "data")
+    with pytest.raises(UserError, match=r"id_pattern='a'.*built-in dialogues have no ids"):
+        DataConfig.parse(
+            {"dialogue_mixture": [{"dialogues": "builtin", "weight": 1, "id_pattern": "a"}]}, "data"
+        )
+
+
 def test_two_ways_to_name_sources_are_refused() -> None:
     """Catches a source that is named and never read."""
     item = {"dialogues": "builtin", "weight": 1}
-    with pytest.raises(UserError, match=r"data.dialogues='a.jsonl'.*leave the other two out"):
+    with pytest.raises(UserError, match=r"data.dialogues='a.jsonl'.*leave these out"):
         DataConfig.parse({"dialogues": "a.jsonl", "dialogue_mixture": [item]}, "data")
-    with pytest.raises(UserError, match=r"valid_dialogues='b.jsonl'.*leave the other two out"):
+    with pytest.raises(UserError, match=r"valid_dialogues='b.jsonl'.*leave these out"):
         DataConfig.parse({"valid_dialogues": "b.jsonl", "dialogue_mixture": [item]}, "data")
+    with pytest.raises(UserError, match=r"id_pattern='qa1:'.*leave these out"):
+        DataConfig.parse({"id_pattern": "qa1:", "dialogue_mixture": [item]}, "data")
     with pytest.raises(UserError, match="1 sources and 2 weights"):
         MixedConversations([GeneratedConversations(DialogueGenerator())], [1.0, 2.0])
     assert not DataConfig(dialogues="a.jsonl").reads_builtin

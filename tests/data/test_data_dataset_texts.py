@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rxlm.data.conversation_source import DataConfig
+from rxlm.data.data_config import DataConfig
 from rxlm.data.dataset_texts import DatasetRecords, load_dataset_texts
 from rxlm.data.records import DataSummary
 from rxlm.data.streaming import StreamPosition, TextStream

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rxlm.data.conversation_source import DataConfig, MixtureItem
+from rxlm.data.data_config import DataConfig, MixtureItem
 from rxlm.data.mixture import Mixture
 from rxlm.errors import UserError
 

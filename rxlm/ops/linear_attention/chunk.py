@@ -20,20 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rxlm.ops.linear_attention.decay import DecayedPairs, DeltaPairs, decayed_pairs, delta_pairs
-from rxlm.ops.linear_attention.inputs import Tokens
+from rxlm.ops.linear_attention.inputs import Tokens, scaled
+from rxlm.ops.linear_attention.triangular import solve_unit_lower
 
 # Elements of one [M, C, K] tensor that are worked on together on a CPU: about ten such tensors are
 # alive at a time and should stay in its caches.
 CPU_SEGMENT_ELEMENTS = 2**18
 
 
-def chunked(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+def chunked(tokens: Tokens, state: Tensor, chunk_size: int, scale: float) -> tuple[Tensor, Tensor]:
     """Run over all tokens, a chunk at a time.
 
     Args:
         tokens: as :func:`~rxlm.ops.linear_attention.inputs.for_torch` returns them; T >= 1.
         state: ``[B, H, K, V]``.
         chunk_size: C, a power of two.
+        scale: factor on the queries, applied piece by piece: a scaled copy of a long sequence is
+            memory that has to be found first.
 
     Returns:
         Outputs ``[B, T, H, V]`` and the state after the last token.
@@ -47,10 +50,21 @@ def chunked(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Ten
     else:
         segment = length
     outputs = []
-    for piece in tokens.split(segment):
-        output, state = _segment(piece, state, chunk_size)
-        outputs.append(output)
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
+    room = None
+    if segment < length and not torch.is_grad_enabled():
+        # Written once where it stays. (Differentiated, every piece would copy all gradients.)
+        chunks = -(-length // chunk_size)
+        room = tokens.value.new_empty(batch, chunks, chunk_size, num_heads, tokens.value.shape[3])
+    for number, piece in enumerate(tokens.split(segment)):
+        output, state = _segment(scaled(piece, scale), state, chunk_size)
+        if room is None:
+            outputs.append(output)
+        else:
+            first = number * segment // chunk_size
+            room[:, first : first + output.shape[1]] = output
+    if room is None:
+        room = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return room.flatten(1, 2)[:, :length], state
 
 
 class ChunkStarts(NamedTuple):
@@ -113,8 +127,12 @@ def chunked_with_starts(
 
 
 def _segment(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Run over consecutive chunks whose intermediate results are held together."""
-    batch, length, num_heads, value_dim = tokens.value.shape
+    """Run over consecutive chunks whose intermediate results are held together.
+
+    Returns:
+        Outputs ``[B, N, C, H, V]``, those of missing tokens too, and the state after the last.
+    """
+    batch, _, num_heads, value_dim = tokens.value.shape
     query = to_chunks(tokens.query, chunk_size)
     key = to_chunks(tokens.key, chunk_size)
     value = to_chunks(tokens.value, chunk_size)
@@ -131,7 +149,7 @@ def _segment(tokens: Tokens, state: Tensor, chunk_size: int) -> tuple[Tensor, Te
         reads, seen = delta.reads, delta.seen
     output = torch.baddbmm(reads @ entry_states, seen, written)
     output = output.view(-1, batch, num_heads, chunk_size, value_dim).permute(1, 0, 3, 2, 4)
-    return output.flatten(1, 2)[:, :length], state.unflatten(0, (batch, num_heads))
+    return output, state.unflatten(0, (batch, num_heads))
 
 
 def _solve(
@@ -143,12 +161,7 @@ def _solve(
     part without it and the part per channel of it are solved for at once: ``[M, C, V + K]``.
     """
     pairs = delta_pairs(query, key * strength, key, log_decay)
-    solved = torch.linalg.solve_triangular(
-        pairs.system,
-        torch.cat([value * strength, pairs.erases], dim=-1),
-        upper=False,
-        unitriangular=True,
-    )
+    solved = solve_unit_lower(pairs.system, torch.cat([value * strength, pairs.erases], dim=-1))
     return pairs, solved
 
 

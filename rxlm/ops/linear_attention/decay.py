@@ -7,7 +7,8 @@ strong and weak gates meet. Here the chunk is put together from single tokens by
 carry the decay since the start of their block, keys the decay up to the end of theirs, and each
 merge of two neighbouring blocks multiplies them by the other block's total. Every factor is a
 product of numbers in [0, 1]: nothing overflows, nothing cancels, and one exponential is taken per
-gate. Not for whole sequences: the cost per token grows with the chunk.
+gate. One gate for all channels of a head needs less (:func:`decay_factors`). Not for whole
+sequences: the cost per token grows with the chunk.
 
 Shapes: M chunks (of all rows and heads), C tokens of a chunk, K head dimension, R kinds of rows,
 P pairs of neighbouring blocks, S tokens of a block.
@@ -20,6 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+LEAST_LOG_DECAY = -1000.0
+"""Decays below e to this power are zero in every floating point type."""
 
 
 class DecayedPairs(NamedTuple):
@@ -57,7 +61,7 @@ def decayed_pairs(rows: Tensor, keys: Tensor, log_decay: Tensor | None) -> Decay
     matrix = (rows.flatten(1, 2) @ keys.mT).unflatten(1, rows.shape[1:3])
     if log_decay is None:
         return DecayedPairs(matrix.tril(), rows, keys, None)
-    between, since_start, until_end, total = _factors(log_decay)
+    between, since_start, until_end, total = decay_factors(log_decay)
     return DecayedPairs(
         matrix * between.unsqueeze(1), rows * since_start.unsqueeze(1), keys * until_end, total
     )
@@ -103,7 +107,7 @@ def delta_pairs(query: Tensor, erase: Tensor, keys: Tensor, log_decay: Tensor | 
     seen, system = query @ keys.mT, erase @ keys.mT
     if log_decay is None:
         return DeltaPairs(seen.tril(), system, query, erase, keys, None)
-    between, since_start, until_end, total = _factors(log_decay)
+    between, since_start, until_end, total = decay_factors(log_decay)
     return DeltaPairs(
         seen * between,
         system * between,
@@ -114,15 +118,41 @@ def delta_pairs(query: Tensor, erase: Tensor, keys: Tensor, log_decay: Tensor | 
     )
 
 
-def _factors(log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decay_factors(log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what one gate ``[M, C, 1]`` for all channels multiplies products with.
 
-    Between two tokens ``[M, C, C]``, since before the first ``[M, C, 1]``, until after the last
-    ``[M, C, 1]``, and of the whole chunk ``[M, 1]``.
+    Between two tokens ``[M, C, C]`` (zero above the diagonal), since before the first ``[M, C,
+    1]``, until after the last ``[M, C, 1]``, and of the whole chunk ``[M, 1]``; for any C.
+
+    There is one C x C matrix for all channels, so it is made whole, of differences of sums. They
+    are sums in double precision: there, what cancels where strong and weak gates meet is far
+    below a digit of the result.
     """
-    ones = torch.ones_like(log_decay)
-    between, since_start, until_end, total = _DecayedPairs.apply(ones.unsqueeze(1), ones, log_decay)
-    return between.squeeze(1), since_start.squeeze(1), until_end, total
+    sums = log_decay.double().clamp(min=LEAST_LOG_DECAY).cumsum(1)
+    between = _Between.apply(sums, log_decay.dtype)
+    last = sums[:, -1:]
+    since_start = sums.to(log_decay.dtype).exp()
+    until_end = (last - sums).to(log_decay.dtype).exp()
+    return between, since_start, until_end, since_start[:, -1]
+
+
+class _Between(torch.autograd.Function):
+    """``exp(sums_i - sums_j)`` for j <= i, zero elsewhere, with few tensors of this size."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, dtype: torch.dtype) -> Tensor:
+        # Above the diagonal differences are positive: zero before they are exponents, and after.
+        between = (sums - sums.mT).to(dtype).tril_().exp_().tril_()
+        ctx.save_for_backward(between)
+        return between
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_between: Tensor) -> tuple[Tensor, None]:
+        (between,) = ctx.saved_tensors
+        grad = grad_between * between
+        grad_sums = grad.sum(2, dtype=torch.float64) - grad.sum(1, dtype=torch.float64)
+        return grad_sums.unsqueeze(-1), None
 
 
 class _DecayedPairs(torch.autograd.Function):
@@ -141,7 +171,7 @@ class _DecayedPairs(torch.autograd.Function):
         while size < keys.shape[1]:
             later_rows, earlier_keys = _later_rows(rows, size), _earlier_keys(keys, size)
             earlier, later = total.unflatten(1, (-1, 2)).unbind(2)
-            cross = _products(later_rows, earlier_keys.mT.unsqueeze(1))
+            cross = later_rows @ earlier_keys.mT.unsqueeze(1)
             _below_diagonal(matrix, size).copy_(cross.movedim(2, -1))
             later_rows.mul_(earlier[:, None, :, None])
             earlier_keys.mul_(later[:, :, None])
@@ -199,11 +229,6 @@ def _recompute(
         total = earlier * later
         size *= 2
     return levels, total.squeeze(1)
-
-
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product; with a single channel broadcasting is several times faster."""
-    return left * right if left.shape[-1] == 1 else left @ right
 
 
 def _later_rows(rows: Tensor, size: int) -> Tensor:

@@ -180,14 +180,12 @@ def repeat_heads(tokens: Tokens) -> Tokens:
     )
 
 
-def for_torch(
-    tokens: Tokens, initial_state: Tensor | None, scale: float | None
-) -> tuple[Tokens, Tensor]:
+def for_torch(tokens: Tokens, initial_state: Tensor | None) -> tuple[Tokens, Tensor]:
     """Bring tokens and state to what the torch forms compute with.
 
     Returns:
-        Tokens in float32 (float64 if the values are) with HV query and key heads, scaled queries
-        and four-dimensional decays; the state ``[B, HV, K, V]``, zeros if there was none.
+        Tokens in float32 (float64 if the values are) with HV query and key heads and
+        four-dimensional decays; the state ``[B, HV, K, V]``, zeros if there was none.
     """
     dtype = torch.float64 if tokens.value.dtype == torch.float64 else torch.float32
     key_dim = tokens.query.shape[-1]
@@ -201,13 +199,18 @@ def for_torch(
     else:
         state = initial_state.to(dtype)
     prepared = Tokens(
-        tokens.query.to(dtype) * (key_dim**-0.5 if scale is None else scale),
+        tokens.query.to(dtype),
         tokens.key.to(dtype),
         tokens.value.to(dtype),
         log_decay,
         None if write_strength is None else write_strength.to(dtype),
     )
     return prepared, state
+
+
+def scaled(tokens: Tokens, scale: float) -> Tokens:
+    """Multiply the queries by ``scale``."""
+    return replace(tokens, query=tokens.query * scale)
 
 
 def _expect(mechanism: Mechanism, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -37,6 +37,7 @@ from rxlm.ops.linear_attention.inputs import (
     check_gates,
     for_torch,
     ignore_padding,
+    scaled,
 )
 from rxlm.ops.linear_attention.recurrent import recurrent, step
 
@@ -262,7 +263,8 @@ def kda_with_starts(
     tokens = ignore_padding(tokens, key_mask)
     check_gates(mechanism, tokens.log_decay)
     with torch.autocast(device_type=query.device.type, enabled=False):
-        prepared, state = for_torch(tokens, initial_state, scale)
+        prepared, state = for_torch(tokens, initial_state)
+        prepared = scaled(prepared, query.shape[3] ** -0.5 if scale is None else scale)
         starts = ChunkStarts(keep.to(state.dtype), added.to(state.dtype), cut)
         output, states = chunked_with_starts(prepared, state, starts)
     return LinearAttentionResult(output.to(query.dtype), states)
@@ -335,15 +337,16 @@ def _attend(
     if choice.name == "fla" and length:
         return LinearAttentionResult(*run_fla(name, form, tokens, initial_state, scale))
     with torch.autocast(device_type=tokens.query.device.type, enabled=False):
-        prepared, state = for_torch(tokens, initial_state, scale)
+        prepared, state = for_torch(tokens, initial_state)
+        factor = key_dim**-0.5 if scale is None else scale
         if length == 0:
             output = prepared.value
         elif form == "chunk":
-            output, state = chunked(prepared, state, chunk_size)
+            output, state = chunked(prepared, state, chunk_size, factor)
         elif form == "recurrent":
-            output, state = recurrent(prepared, state)
+            output, state = recurrent(scaled(prepared, factor), state)
         else:
-            output, state = step(prepared, state)
+            output, state = step(scaled(prepared, factor), state)
     return LinearAttentionResult(output.to(tokens.query.dtype), state)
 
 

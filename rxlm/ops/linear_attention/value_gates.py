@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rxlm.errors import UserError
-from rxlm.ops.linear_attention.decay import decayed_pairs
+from rxlm.ops.linear_attention.decay import decay_factors
 from rxlm.ops.linear_attention.mechanisms import LinearAttentionResult
 
 StateActivation = Callable[[Tensor], Tensor]
@@ -253,17 +253,16 @@ def _chunk(chunk: _Updates, state: Tensor) -> tuple[Tensor, Tensor]:
     between_keys = (key @ key.mT).unsqueeze(2)
     seen = (query @ key.mT).unsqueeze(2)
     predicted, read = _by_gate(key @ state, gates), _by_gate(query @ state, gates)
-    pairs = None
+    factors = None
     if log_decay is None:
         tokens = torch.ones(num_tokens, num_tokens, dtype=query.dtype, device=query.device).tril()
         visible = tokens.repeat_interleave(num_updates, dim=1)
     else:
         steps = log_decay.movedim(-1, 2).flatten(0, 2).unsqueeze(-1)  # [B * H * G, C, 1]
-        ones = torch.ones_like(steps)
-        pairs = decayed_pairs(ones.unsqueeze(1), ones, steps)
         outer = (*query.shape[:2], gates)
-        visible = pairs.matrix[:, 0].unflatten(0, outer).repeat_interleave(num_updates, dim=-1)
-        since_start = pairs.rows[:, 0].unflatten(0, outer)  # [B, H, G, C, 1]
+        factors = tuple(part.unflatten(0, outer) for part in decay_factors(steps))
+        between, since_start, until_end, total = factors  # since_start: [B, H, G, C, 1]
+        visible = between.repeat_interleave(num_updates, dim=-1)
         predicted = predicted * since_start.repeat_interleave(num_updates, dim=-2)
         read = read * since_start
         between_keys = between_keys * visible.repeat_interleave(num_updates, dim=-2)
@@ -274,13 +273,11 @@ def _chunk(chunk: _Updates, state: Tensor) -> tuple[Tensor, Tensor]:
         unitriangular=True,
     )
     output = read + (seen * visible) @ written
-    if pairs is None:
+    if factors is None:
         kept, remaining = state, written
     else:
-        assert pairs.total is not None
-        until_end = pairs.keys.unflatten(0, outer).repeat_interleave(num_updates, dim=-2)
-        kept = state * pairs.total.unflatten(0, outer).squeeze(-1).unsqueeze(-2)
-        remaining = until_end * written
+        kept = state * total.squeeze(-1).unsqueeze(-2)
+        remaining = until_end.repeat_interleave(num_updates, dim=-2) * written
     return _merge(output), kept + key.mT @ _merge(remaining)
 
 

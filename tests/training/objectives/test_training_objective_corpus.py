@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import rxlm.training.corpus as corpus_module
-from rxlm.data.conversation_source import DataConfig
+from rxlm.data.data_config import DataConfig
 from rxlm.data.order import sample_index
 from rxlm.data.records import DataSummary
 from rxlm.errors import RunError, UserError
