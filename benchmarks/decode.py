@@ -108,12 +108,13 @@ def measure(options: argparse.Namespace) -> Results:
         for threads in options.threads:
             torch.set_num_threads(threads)
             progress(f"{size}, {threads} threads")
-            results.seconds |= interleave(
+            found_seconds = interleave(
                 groups(size, model, found, threads, options, results),
                 rounds=options.rounds,
                 budget=options.budget / len(options.threads) / len(options.sizes),
                 progress=progress,
             )
+            results.seconds |= from_first_token(found_seconds)
         described.append(
             f"{size}: {count(model.decoder):,} parameters in the decoder, of which a token visits "
             f"{active_parameters(model):,}"
@@ -161,6 +162,12 @@ def groups(
                     )
                     for contender in found
                 }
+                | {
+                    Key("start", threads, rows, new, contender.name, size): partial(
+                        contender.answer, rows, PROMPT, 1
+                    )
+                    for contender in found
+                }
             )
     for tokens in options.prompts:
         made.append(
@@ -173,6 +180,20 @@ def groups(
             }
         )
     return made
+
+
+def from_first_token(seconds: dict[Key, list[float]]) -> dict[Key, list[float]]:
+    """Take from each turn what it takes until its first token, measured in the same round."""
+    return {
+        key: [
+            whole - start
+            for whole, start in zip(samples, seconds[key._replace(task="start")], strict=True)
+        ]
+        if key.task == "turn"
+        else samples
+        for key, samples in seconds.items()
+        if key.task != "start"
+    }
 
 
 def bandwidth_calls(threads: int, size: str) -> dict[Key, Call]:

@@ -45,7 +45,7 @@ class Results:
 def speed(results: Results, key: Key) -> Quartiles:
     """Return tokens per second, all rows together."""
     lower, median, upper = quartiles(results.seconds[key])
-    work = key.rows * key.tokens
+    work = key.rows * (key.tokens - 1)  # The first token is not in it.
     return Quartiles(work / upper, work / median, work / lower)
 
 
@@ -164,7 +164,8 @@ def page(results: Results, command: str) -> str:
         if key.task == "first token"
     ]
     note = (
-        f"A turn: a prompt of {PROMPT} tokens is read, then tokens are written greedily. Medians, "
+        f"A turn: a prompt of {PROMPT} tokens is read, then tokens are written greedily; counted "
+        "from the first token on (its time, measured in the same round, is taken off). Medians, "
         "quartiles in brackets; the last column is the median of the ratios within a round."
     )
     parts = [

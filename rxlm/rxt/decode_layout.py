@@ -7,7 +7,8 @@ column by column, the outputs are summed up together along memory. The parameter
 are, the values and shapes too; only their strides change, so nothing that uses or saves them has
 to know. Products are summed up in another order, so their last bits may differ.
 
-Not here: experts, which a compiled step reads by index along their rows.
+Small matrices stay as they are: a compiled step reads them along their rows
+(:mod:`rxlm.rxt.one_row_products`), as it does experts, by index.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from rxlm.rxt.components import RxTDecoder
+from rxlm.rxt.one_row_products import SMALL
 
 
 def keep_by_columns(decoder: RxTDecoder) -> None:
-    """Change the memory layout of the matrices that every step of a decoder reads.
+    """Change the memory layout of the large matrices that every step of a decoder reads.
 
     Does nothing for those that are kept like that already, and on other devices than CPUs.
     """
     for weight in _matrices(decoder):
-        if weight.device.type == "cpu" and not weight.t().is_contiguous():
+        large = weight.numel() > SMALL or weight.dtype != torch.float32
+        if large and weight.device.type == "cpu" and not weight.t().is_contiguous():
             # What inference mode makes could not be trained later.
             with torch.inference_mode(mode=False), torch.no_grad():
                 weight.data = weight.detach().t().contiguous().t()

@@ -3,7 +3,8 @@
 The same layers as :meth:`rxlm.rxt.components.RxTDecoder.forward`, which stays the plain form (and
 does the prompt), without what a single token does not need: keys and values are written into
 buffers (:mod:`rxlm.nn.key_value_buffer`), rotary phases come from a table, there is no mask while
-every row has a token in every column. Compiled on request: then all shapes are fixed.
+every row has a token in every column. Compiled on request (:mod:`rxlm.rxt.decode_compile`): then
+all shapes are fixed.
 
 A step belongs to the generation that made it. Its buffers are its own copies; what the caller
 passed in never changes. Not here: choosing tokens (:mod:`rxlm.rxt.generation`).
@@ -13,28 +14,21 @@ Shapes: B conversations, P tokens so far, L tokens that fit, D width, V vocabula
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import types
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rxlm.errors import UserError
 from rxlm.nn.attention import KeyValue
 from rxlm.nn.key_value_buffer import KeyValueBuffer
 from rxlm.ops.rotary import rotary_phases
 from rxlm.rxt.components import RxTDecoder
+from rxlm.rxt.decode_compile import compiled_step
 from rxlm.rxt.decode_layout import keep_by_columns
 from rxlm.rxt.decode_values import DecodeCache, MemoryReading
 from rxlm.rxt.layers import LayerCache
-
-logger = logging.getLogger(__name__)
 
 SMALLEST_SIZE = 64
 """L of a compiled step is a power of two, at least this: few lengths, few compilations."""
@@ -123,7 +117,7 @@ class DecodeStep:
             self._seen = cache.key_mask
         self._layers: Kept = cache.layers
         self._phases: Tensor | None = None
-        self._run: Callable[[StepInputs], tuple[Tensor, Kept]] = partial(decode_step, decoder)
+        self._run: Callable[[StepInputs], tuple[Tensor, Kept]] | None = None
         self._sizes = (batch, 0)
         self._resize(self._column + min(room, FIRST_ROOM))
 
@@ -132,7 +126,7 @@ class DecodeStep:
         batch, device = self._sizes[0], self._lengths.device
         if self._compiled:
             size = max(SMALLEST_SIZE, 1 << (size - 1).bit_length())
-            self._run = compiled_step(self._decoder, batch, size)
+        self._run = None
         self._sizes = (batch, size)
         self._layers = tuple(
             KeyValueBuffer.start(KeyValue(*layer[:2]), self._column, size)
@@ -167,6 +161,10 @@ class DecodeStep:
             self._placed(),
             self._memory,
         )
+        if self._run is None:
+            plain = partial(decode_step, self._decoder)
+            compiled = self._compiled
+            self._run = compiled_step(decode_step, self._decoder, inputs) if compiled else plain
         logits, layers = self._run(inputs)
         self._layers = layers
         self._lengths += 1 if real is None else real[:, 0]
@@ -199,103 +197,3 @@ class DecodeStep:
         self._seen[:, self._column] = True if real is None else real[:, 0]
         seen = self._seen if self._compiled else self._seen[:, : self._column + 1]
         return seen[:, None, None]
-
-
-# --- compilation ----------------------------------------------------------------------------------
-
-_COMPILED: WeakKeyDictionary[RxTDecoder, dict[Any, Any]] = WeakKeyDictionary()
-
-
-def compiled_step(
-    decoder: RxTDecoder, batch: int, size: int
-) -> Callable[[StepInputs], tuple[Tensor, Kept]]:
-    """Return the step of a decoder for B rows and L columns, compiled at its first call.
-
-    On a CPU by inductor with a C++ compiler; on CUDA with CUDA graphs. It is kept as long as the
-    decoder, so that later turns do not compile again. Weights may change between steps, their
-    shapes and types may not.
-
-    Raises:
-        UserError: on a CPU without a C++ compiler.
-    """
-    weight = decoder.embedding.weight
-    key = (batch, size, weight.dtype, weight.device, decoder.training)
-    found = _COMPILED.setdefault(decoder, {})
-    if key not in found:
-        check_compiler(weight.device)
-        found[key] = _compile(decoder, weight.device)
-        logger.info(
-            "decode step: compiled for %d rows of up to %d tokens on %s; the first step of a turn "
-            "of this size takes a minute",
-            batch,
-            size,
-            weight.device,
-        )
-    return partial(_on_cuda if weight.device.type == "cuda" else _call, found[key], decoder)
-
-
-def _call(
-    step: Callable[..., tuple[Tensor, Kept]], decoder: RxTDecoder, inputs: StepInputs
-) -> tuple[Tensor, Kept]:
-    return step(decoder, inputs)
-
-
-def _on_cuda(
-    step: Callable[..., tuple[Tensor, Kept]], decoder: RxTDecoder, inputs: StepInputs
-) -> tuple[Tensor, Kept]:
-    for layer in inputs.layers:
-        if isinstance(layer, KeyValueBuffer):
-            # A graph may write into what it is given only where that stays in its place.
-            for part in (layer.key, layer.value):
-                torch._dynamo.mark_static_address(part, guard=False)
-    torch.compiler.cudagraph_mark_step_begin()
-    logits, layers = step(decoder, inputs)
-    # The next replay writes over what this one returned.
-    return logits.clone(), tuple(
-        layer
-        if isinstance(layer, KeyValueBuffer)
-        else type(layer)(*(part.clone() for part in layer))
-        for layer in layers
-    )
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise ``UserError`` where a step for ``device`` cannot be compiled."""
-    if device.type != "cpu":
-        return
-    name = os.environ.get("CXX", "g++")
-    if shutil.which(name) is None:
-        raise UserError(
-            f"compile_decode needs a C++ compiler, but {name!r} is not on the path: install g++ "
-            "(Debian: apt-get install g++), set CXX to another one, or leave compile_decode out."
-        )
-
-
-def _compile(decoder: RxTDecoder, device: torch.device) -> Callable[..., tuple[Tensor, Kept]]:
-    # torch.compile keeps what it made beside the code object, and at most eight of them: each step
-    # gets a code object of its own.
-    code = decode_step.__code__.replace(co_name="compiled_decode_step")
-    own = types.FunctionType(code, decode_step.__globals__)
-    compiled: Callable[..., tuple[Tensor, Kept]] = torch.compile(
-        own, fullgraph=True, dynamic=False, options=_options(device)
-    )
-    return compiled
-
-
-def _options(device: torch.device) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if device.type == "cuda":
-        options["triton.cudagraphs"] = True  # mode="reduce-overhead", which excludes options.
-    elif device.type == "cpu":
-        # The hundred small kernels of a step are called from C++: from Python, the calls take as
-        # long as the kernels.
-        options["cpp_wrapper"] = True
-        # Ids are the model's or checked, experts the router's, columns ours: all are in range, and
-        # a check in an innermost loop keeps it slow.
-        options["assert_indirect_indexing"] = False
-    # What is kept is kept by all that may change of a decoder (the key of ``compiled_step``), and
-    # looking at each of its modules again takes a third of a small model's step.
-    unguarded = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
-    if unguarded is not None:
-        options["guard_filter_fn"] = unguarded
-    return options

@@ -21,7 +21,8 @@ from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt.answer_form import AnswerForm
 from rxlm.rxt.answer_row import Answer, AnswerRow, choose_tokens, rows_by_settings
 from rxlm.rxt.conversation import ConversationState
-from rxlm.rxt.decode_step import DecodeStep, check_compiler
+from rxlm.rxt.decode_compile import check_compiler
+from rxlm.rxt.decode_step import DecodeStep
 from rxlm.rxt.model import RxTNetwork
 
 __all__ = [

@@ -29,7 +29,7 @@ from rxlm.errors import UserError
 from rxlm.ops.sampling import SamplingSettings
 from rxlm.rxt.answer_form import ThinkingMode
 from rxlm.rxt.conversation import ConversationState
-from rxlm.rxt.decode_step import check_compiler
+from rxlm.rxt.decode_compile import check_compiler
 from rxlm.rxt.generation import AnswerLimits
 from rxlm.rxt.held import (
     EarlyStop,

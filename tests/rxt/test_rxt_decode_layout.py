@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rxlm.ops.sampling import GREEDY
+from rxlm.rxt import decode_layout
 from rxlm.rxt.decode_layout import keep_by_columns
 from rxlm.rxt.models import RxTAlpha
 from rxlm.storage.weights import weights_fingerprint
@@ -21,10 +22,11 @@ ModelBuilder = Callable[..., RxTAlpha]
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_nothing_changes_but_the_order_in_memory(
-    tied: bool, make_model: ModelBuilder, tmp_path: Path
+    tied: bool, make_model: ModelBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches values that move, parameters that are replaced or no longer shared, an output layer
     that is left out, and files that hold another order."""
+    monkeypatch.setattr(decode_layout, "SMALL", 0)
     model = make_model(tie_embeddings=tied)
     decoder = model.decoder
     before = {name: item.detach().clone() for name, item in decoder.named_parameters()}
@@ -48,8 +50,18 @@ def test_nothing_changes_but_the_order_in_memory(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_what_was_laid_out_can_be_trained(make_model: ModelBuilder) -> None:
+def test_small_matrices_stay_by_rows(make_model: ModelBuilder) -> None:
+    """Catches matrices that are read along their rows by sums, and lie across."""
+    decoder = make_model().decoder
+    keep_by_columns(decoder)
+    assert all(item.is_contiguous() for item in decoder.parameters())
+
+
+def test_what_was_laid_out_can_be_trained(
+    make_model: ModelBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches weights that came out of inference mode, and an optimizer that mixes up the order."""
+    monkeypatch.setattr(decode_layout, "SMALL", 0)
     rows, columns = make_model(), make_model()
     columns.load_state_dict(rows.state_dict())
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from rxlm.errors import UserError
 from rxlm.nn.attention import KeyValue
 from rxlm.ops.padding import padded
 from rxlm.ops.sampling import GREEDY, SamplingSettings
-from rxlm.rxt import decode_step
+from rxlm.rxt import decode_compile, decode_step
 from rxlm.rxt.decode_step import DecodeStep
 from rxlm.rxt.decode_values import DecodeCache, MemoryReading
 from rxlm.rxt.models import RxTAlpha
@@ -120,11 +120,13 @@ def test_the_compiled_form_traces_whole_and_scores_alike(
     generated here: the trace runs as it is."""
     compile_of_torch = torch.compile
     monkeypatch.setattr(
-        decode_step.torch,
+        decode_compile.torch,
         "compile",
         lambda step, **options: compile_of_torch(step, backend="eager", **options),
     )
-    monkeypatch.setattr(decode_step, "check_compiler", lambda device: None)
+    # Only inductor compiles ahead of time.
+    monkeypatch.setattr(decode_compile, "_called_directly", lambda compiled, *given: compiled)
+    monkeypatch.setattr(decode_compile, "check_compiler", lambda device: None)
     fields: dict[str, Any] = {"local_window_size": 4, "att_query_groups": 1, **EXPERTS}
     if kind in ("gla", "kda"):
         fields |= {"use_linear_self_attn": True, "linear_attn_type": kind}
@@ -147,7 +149,7 @@ def test_compiled_answers_are_the_answers(
     baked in, or a compilation that no log tells of."""
     model = make_model(**EXPERTS)
     state = model.new_conversation(2, seed=1)
-    with caplog.at_level(logging.INFO, logger="rxlm.rxt.decode_step"):
+    with caplog.at_level(logging.INFO, logger="rxlm.rxt.decode_compile"):
         for turn in range(3):
             plain = model.generate(state, RAGGED, GREEDY).answers
             compiled = model.generate(state, RAGGED, GREEDY, compile_decode=True).answers
@@ -159,7 +161,7 @@ def test_compiled_answers_are_the_answers(
                 model.decoder.head_bias.data.copy_(changed)
             else:
                 model.decoder.head_bias = nn.Parameter(changed)
-    assert [record.message[:21] for record in caplog.records] == ["decode step: compiled"]
+    assert [record.message[:22] for record in caplog.records] == ["decode step: compiling"]
 
 
 def test_without_a_compiler_nothing_begins(
