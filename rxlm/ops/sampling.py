@@ -122,9 +122,9 @@ def sample(
     """
     if settings.temperature == 0:
         scores = penalize(logits.float(), previous_ids, settings.repetition_penalty)
-        chosen = scores.argmax(dim=-1)
+        best, chosen = scores.max(dim=-1)
         # NaN counts as the largest, so the best score tells about all of them.
-        if not all(map(math.isfinite, scores.gather(-1, chosen[:, None])[:, 0].tolist())):
+        if not all(map(math.isfinite, best.tolist())):
             _check_scores(logits.float())
         return chosen
     if uniforms is None:

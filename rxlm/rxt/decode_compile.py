@@ -58,10 +58,12 @@ def compiled_step(step: Step, decoder: RxTDecoder, inputs: Any) -> Callable[[Any
         UserError: on a CPU without a C++ compiler.
     """
     weight = decoder.embedding.weight
+    kind = weight.device.type
     key = (
         signature(inputs),
         tuple((part.dtype, part.device, part.stride()) for part in decoder.parameters()),
         decoder.training,
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.get_num_threads(),
     )
     found = _COMPILED.setdefault(decoder, {})
@@ -73,7 +75,7 @@ def compiled_step(step: Step, decoder: RxTDecoder, inputs: Any) -> Callable[[Any
             weight.device,
         )
         found[key] = _compile(step, decoder, inputs)
-    return partial(_on_cuda if weight.device.type == "cuda" else _call, found[key], decoder)
+    return partial(_on_cuda if kind == "cuda" else _call, found[key], decoder)
 
 
 def check_compiler(device: torch.device) -> None:

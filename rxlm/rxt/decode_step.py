@@ -117,8 +117,10 @@ class DecodeStep:
             self._seen = cache.key_mask
         self._layers: Kept = cache.layers
         self._phases: Tensor | None = None
+        self._shared_column: Tensor | None = None
         self._run: Callable[[StepInputs], tuple[Tensor, Kept]] | None = None
         self._sizes = (batch, 0)
+        self._all_real = torch.ones(batch, 1, dtype=torch.bool, device=cache.key_mask.device)
         self._resize(self._column + min(room, FIRST_ROOM))
 
     def _resize(self, size: int) -> None:
@@ -150,14 +152,16 @@ class DecodeStep:
         if self._column == self._sizes[1]:
             self._resize(min(2 * self._column, self._most))
         ids = torch.tensor([[token or 0] for token in tokens], device=device)
-        real = None
-        if self._compiled or None in tokens:
+        ended = None in tokens
+        real = self._all_real if self._compiled else None
+        if ended:
             real = torch.tensor([[token is not None] for token in tokens], device=device)
+        phases = self._phases
         inputs = StepInputs(
             ids,
             real,
-            self._mask(real),
-            None if self._phases is None else self._phases[self._lengths][:, None],
+            self._mask(real if ended else None),
+            None if phases is None else phases.index_select(0, self._lengths).unsqueeze(1),
             self._placed(),
             self._memory,
         )
@@ -167,7 +171,7 @@ class DecodeStep:
             self._run = compiled_step(decode_step, self._decoder, inputs) if compiled else plain
         logits, layers = self._run(inputs)
         self._layers = layers
-        self._lengths += 1 if real is None else real[:, 0]
+        self._lengths += real[:, 0] if ended and real is not None else 1
         self._column += 1
         return logits
 
@@ -177,6 +181,9 @@ class DecodeStep:
         if buffer is None:
             return self._layers
         buffer.column.fill_(self._column)
+        if self._compiled and self._shared_column is buffer.column:
+            return self._layers
+        self._shared_column = buffer.column
         visible = None if self._compiled else self._column + 1
         # One column for all: the layers write the same place.
         return tuple(
