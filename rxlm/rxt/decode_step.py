@@ -25,7 +25,7 @@ from rxlm.nn.attention import KeyValue
 from rxlm.nn.key_value_buffer import KeyValueBuffer
 from rxlm.ops.rotary import rotary_phases
 from rxlm.rxt.components import RxTDecoder
-from rxlm.rxt.decode_compile import compiled_step
+from rxlm.rxt.decode_compile import compiled_step, signature
 from rxlm.rxt.decode_layout import keep_by_columns
 from rxlm.rxt.decode_values import DecodeCache, MemoryReading
 from rxlm.rxt.layers import LayerCache
@@ -118,7 +118,10 @@ class DecodeStep:
         self._layers: Kept = cache.layers
         self._phases: Tensor | None = None
         self._shared_column: Tensor | None = None
-        self._run: Callable[[StepInputs], tuple[Tensor, Kept]] | None = None
+        self._run: Callable[[StepInputs], tuple[Tensor, Kept]] = partial(decode_step, decoder)
+        # Of the inputs that the code was made for, and whether those of all further steps have it.
+        self._signature: object = None
+        self._settled = False
         self._sizes = (batch, 0)
         self._all_real = torch.ones(batch, 1, dtype=torch.bool, device=cache.key_mask.device)
         self._resize(self._column + min(room, FIRST_ROOM))
@@ -128,7 +131,7 @@ class DecodeStep:
         batch, device = self._sizes[0], self._lengths.device
         if self._compiled:
             size = max(SMALLEST_SIZE, 1 << (size - 1).bit_length())
-        self._run = None
+        self._settled = False
         self._sizes = (batch, size)
         self._layers = tuple(
             KeyValueBuffer.start(KeyValue(*layer[:2]), self._column, size)
@@ -165,15 +168,25 @@ class DecodeStep:
             self._placed(),
             self._memory,
         )
-        if self._run is None:
-            plain = partial(decode_step, self._decoder)
-            compiled = self._compiled
-            self._run = compiled_step(decode_step, self._decoder, inputs) if compiled else plain
+        if self._compiled and not self._settled:
+            self._settle(inputs)
         logits, layers = self._run(inputs)
         self._layers = layers
         self._lengths += real[:, 0] if ended and real is not None else 1
         self._column += 1
         return logits
+
+    def _settle(self, inputs: StepInputs) -> None:
+        """Take the code for inputs like these, until two steps had the same.
+
+        What layers keep comes from the prompt first and then from the code itself, which may lay
+        it out in memory in another way; from the second equal step on it stays as it is.
+        """
+        found = signature(inputs)
+        self._settled = found == self._signature
+        if not self._settled:
+            self._signature = found
+            self._run = compiled_step(decode_step, self._decoder, inputs)
 
     def _placed(self) -> Kept:
         """Return what the layers kept, buffers with the column of this token."""

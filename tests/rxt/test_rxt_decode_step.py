@@ -164,6 +164,27 @@ def test_compiled_answers_are_the_answers(
     assert [record.message[:22] for record in caplog.records] == ["decode step: compiling"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling a step needs g++")
+@pytest.mark.parametrize("kind", ["kda", "gated_deltanet", "local"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_compiled_answers_of_other_attention(
+    kind: str, rows: int, make_model: ModelBuilder
+) -> None:
+    """Catches caches that leave the compiled code laid out otherwise than they came from the
+    prompt: nothing guards the code that reads them."""
+    fields: dict[str, Any] = {"self_att_type": kind}
+    if kind == "local":
+        fields["local_window_size"] = 4
+    model = make_model(**fields)
+    state = model.new_conversation(rows, seed=1)
+    plain, compiled = (
+        model.generate(state, RAGGED[:rows], GREEDY, compile_decode=compiled).answers
+        for compiled in (False, True)
+    )
+    assert compiled == plain and len(plain[0].ids) > 3
+
+
 def test_without_a_compiler_nothing_begins(
     make_model: ModelBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
