@@ -232,7 +232,8 @@ def models(documents: Mapping[str, Any], trained: Mapping[str, Training]) -> Tab
         "seed": [str(item.seed) for item in trained.values()],
         "threads": [NO_VALUE if i.threads is None else str(i.threads) for i in trained.values()],
     }
-    names = dict.fromkeys(stage.name for item in trained.values() for stage in item.stages)
+    # Their numbers say in which order they are trained.
+    names = sorted({stage.name for item in trained.values() for stage in item.stages})
     for name in names:
         of_run = [{stage.name: stage for stage in item.stages} for item in trained.values()]
         rows[f"{name}: updates, learning rate"] = [
