@@ -2,7 +2,8 @@
 
     rxlm pipeline run stages/micro --out runs/micro-mha --no-eval
     rxlm pipeline run stages/micro --out runs/micro-md_gdn --no-eval \\
-        model.decoder.self_att_type=md_gdn model.decoder.ff_dim=232 50_memory_aware.train.lr=1.5e-3
+        model.decoder.self_att_type=md_gdn model.decoder.ff_dim=232 \\
+        50_memory_aware.train.lr=1.5e-3 55_stories.train.lr=1e-3
     for run in runs/micro-*; do
         rxlm eval suite $run --json $run/suite.json --tests facts,babi,dialogues \\
             facts.dialogues=34 babi.questions=40 dialogues.conversations=20

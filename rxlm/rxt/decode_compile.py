@@ -64,6 +64,8 @@ def compiled_step(step: Step, decoder: RxTDecoder, inputs: Any) -> Callable[[Any
         tuple((part.dtype, part.device, part.stride()) for part in decoder.parameters()),
         decoder.training,
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
         torch.get_num_threads(),
     )
     found = _COMPILED.setdefault(decoder, {})
@@ -144,8 +146,12 @@ def _options(device: torch.device) -> dict[str, Any]:
         # a check in an innermost loop keeps it slow.
         options["assert_indirect_indexing"] = False
         options["post_grad_custom_pre_pass"] = small_products_pass()
-    # Whatever a guard could find is in the key of ``compiled_step``.
-    unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)
+    # Whatever a guard could find is in the key of ``compiled_step``; graphs of CUDA also depend on
+    # where tensors lie.
+    skip = (
+        "skip_guard_on_all_nn_modules_unsafe" if device.type == "cuda" else "skip_all_guards_unsafe"
+    )
+    unguarded = getattr(torch.compiler, skip, None)
     if unguarded is not None:
         options["guard_filter_fn"] = unguarded
     return options

@@ -270,7 +270,7 @@ def test_repeated_keys_keep_their_digits_in_float32(
 def test_extreme_gates_are_exact_in_float32(name: str, gates: str, seed: int) -> None:
     """Overflow, clamped exponents, or differences of large sums of gates would show.
 
-    Entries are sums of terms as large as the largest entry: that is what they are compared with.
+    Entries of a gradient are sums of terms as large as the largest one: it is the measure.
     """
     arguments = make_arguments(name, 64, seed=seed)
     decay = torch.full_like(arguments["log_decay"], -1e-3)
@@ -284,13 +284,12 @@ def test_extreme_gates_are_exact_in_float32(name: str, gates: str, seed: int) ->
     single = {key: tensor.float().requires_grad_() for key, tensor in arguments.items()}
     exact = {key: tensor.requires_grad_() for key, tensor in arguments.items()}
     result, expected = FUNCTIONS[name](**single), FUNCTIONS[name](**exact, form="recurrent")
-    compared = {"output": (result.output, expected.output)}
-    compared["state"] = (result.final_state, expected.final_state)
+    for actual, reference in zip(result, expected, strict=True):
+        torch.testing.assert_close(actual.double(), reference, rtol=1e-5, atol=2e-5)
     found, oracle = gradients(result, single), gradients(expected, exact)
-    compared |= {key: (found[key], oracle[key]) for key in oracle}
-    for what, (actual, reference) in compared.items():
-        error = (actual.double() - reference).abs().max() / reference.abs().max().clamp(min=1)
-        assert error <= 1e-5, f"{what}: relative error {error:.2e}"
+    for what, reference in oracle.items():
+        error = (found[what].double() - reference).abs().max() / reference.abs().max().clamp(min=1)
+        assert error <= 6e-6, f"{what}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("name", NAMES)
